@@ -1,0 +1,1 @@
+"""Distillation: data, teachers, soft targets, losses, the objective and the trainer."""
