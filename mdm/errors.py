@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -63,6 +63,11 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> str:
 
 def lookup(kind: str, name: str, known: Mapping[str, T]) -> T:
     """`known[name]`, or a ConfigError that suggests the nearest name."""
+    check_known(kind, name, known)
+    return known[name]
+
+
+def check_known(kind: str, name: str, known: Collection[str]) -> None:
+    """Raise a ConfigError that suggests the nearest name unless `name` is known."""
     if name not in known:
         raise ConfigError(unknown(kind, name, known))
-    return known[name]

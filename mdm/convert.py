@@ -1,0 +1,221 @@
+"""AR checkpoint → initial student: same weights, fewer layers, smaller width, or random weights.
+
+The student is the same architecture with bidirectional attention (`config.is_causal = False`), no
+dropout and a mask token. Layers and channels that remain keep the teacher's weights: layers evenly
+spread from first to last, channels evenly spread ("weight selection", arXiv 2311.18823).
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .checkpoint import load_ar, source_path, weights_hash
+from .config import require
+from .denoiser import Denoiser
+from .errors import ConfigError, VocabError
+from .vocab import Vocab, read_vocab
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+# Projections whose output (or, for o_proj, input) channels are grouped into attention heads.
+HEAD_OUTPUT = ("q_proj", "k_proj", "v_proj")
+HEAD_INPUT = ("o_proj",)
+
+
+@dataclasses.dataclass(frozen=True)
+class StudentSettings:
+    """How the initial student is made.
+
+    init         AR model: folder, .gguf file, hub name or "embedded"; or a student to train further
+    layers       layers kept; null = all
+    width        fraction of channels and heads kept, 0 < width <= 1
+    random       true = random weights of this shape instead of the checkpoint's
+    shift        position i is predicted from output i - 1, as in the AR model
+    mask_token   special token of the tokenizer to reuse as mask; null = add a new one
+    start_token  token that opens every document; null = the tokenizer's bos, or its eos
+    end_token    token that closes every document; null = the tokenizer's eos
+    seed         of random weights
+    """
+
+    init: str = "embedded"
+    layers: int | None = None
+    width: float = 1.0
+    random: bool = False
+    shift: bool = True
+    mask_token: str | None = None
+    start_token: str | None = None
+    end_token: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(0 < self.width <= 1, f"student.width must be in (0, 1]; got {self.width}")
+        require(
+            self.layers is None or self.layers >= 1,
+            f"student.layers must be at least 1 or null; got {self.layers}",
+        )
+
+
+def convert(settings: StudentSettings, *, remote_code: bool = False) -> Denoiser:
+    """The initial student. Raises CheckpointError, VocabError or ConfigError."""
+    source, tokenizer = load_ar(settings.init, remote_code=remote_code)
+    vocab = read_vocab(
+        tokenizer, start_token=settings.start_token, end_token=settings.end_token
+    ).with_mask(settings.mask_token)
+    config = student_config(source.config, layers=settings.layers, width=settings.width)
+    if settings.random or config.to_dict() != source.config.to_dict():
+        torch.manual_seed(settings.seed)
+        student = type(source)(config)
+        if not settings.random:
+            student.load_state_dict(shrink(source, student))
+    else:
+        student = source
+    make_bidirectional(student)
+    add_mask_row(student, vocab)
+    place = source_path(settings.init)
+    step = {
+        "step": "convert",
+        "from": settings.init,
+        "weights": weights_hash(place) if place else None,
+        **{
+            field.name: getattr(settings, field.name)
+            for field in dataclasses.fields(settings)
+            if field.name != "init"
+        },
+    }
+    return Denoiser(student.eval(), vocab, shift=settings.shift, lineage=(step,))
+
+
+def make_bidirectional(model: PreTrainedModel) -> None:
+    """Set bidirectional attention and no dropout, in the config and in the modules."""
+    for config in (model.config, model.config.get_text_config()):
+        config.is_causal = False
+        config.use_cache = False
+        for name, value in list(vars(config).items()):
+            if isinstance(value, float) and (name.endswith("dropout") or name.endswith("pdrop")):
+                setattr(config, name, 0.0)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+@torch.no_grad()
+def add_mask_row(model: PreTrainedModel, vocab: Vocab) -> None:
+    """Give the mask token a row: the mean embedding at the typical norm of a row.
+
+    The row is set for a reused token too: an unused row may have zero norm, and a reused token
+    (say, a separator) would start with a meaning. Raises VocabError if the model has too few rows.
+    """
+    assert vocab.mask_id is not None
+    rows = model.get_input_embeddings().weight.shape[0]
+    if vocab.mask_id >= rows:
+        if vocab.mask_id != rows:
+            raise VocabError(
+                f"the tokenizer has {len(vocab)} tokens but the model only {rows} rows;"
+                " tokenizer and weights do not belong together"
+            )
+        model.resize_token_embeddings(rows + 1, mean_resizing=False)
+    weight_VD = model.get_input_embeddings().weight
+    others = [i for i in range(min(len(vocab), rows)) if i != vocab.mask_id]
+    table_VD = weight_VD[others].float()
+    mean_D = table_VD.mean(0)
+    weight_VD[vocab.mask_id] = mean_D / mean_D.norm() * table_VD.norm(dim=1).median()
+
+
+def student_config(
+    config: PretrainedConfig, *, layers: int | None, width: float
+) -> PretrainedConfig:
+    """The config of a student with `layers` layers and a fraction `width` of channels and heads."""
+    small = copy.deepcopy(config)
+    total = config.num_hidden_layers
+    if layers is not None:
+        if layers > total:
+            raise ConfigError(f"student.layers is {layers}, but the checkpoint has only {total}")
+        small.num_hidden_layers = layers
+        if getattr(config, "layer_types", None) is not None:
+            small.layer_types = [config.layer_types[i] for i in _spread(total, layers).tolist()]
+    if width < 1:
+        heads, groups = config.num_attention_heads, _kv_heads(config)
+        kept_groups = max(1, round(groups * width))
+        small.num_attention_heads = heads // groups * kept_groups
+        if hasattr(config, "num_key_value_heads"):
+            small.num_key_value_heads = kept_groups
+        small.head_dim = _head_dim(config)
+        small.hidden_size = _multiple_of_8(config.hidden_size * width)
+        small.intermediate_size = _multiple_of_8(config.intermediate_size * width)
+    return small
+
+
+def shrink(source: PreTrainedModel, student: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The student's state dict, filled with evenly spread layers and channels of the source."""
+    path = _layers_path(source)
+    kept = _spread(source.config.num_hidden_layers, student.config.num_hidden_layers).tolist()
+    weights = source.state_dict()
+    state = {}
+    for name, wanted in student.state_dict().items():
+        origin = name
+        if name.startswith(path + "."):
+            index, _, rest = name[len(path) + 1 :].partition(".")
+            origin = f"{path}.{kept[int(index)]}.{rest}"
+        state[name] = _select(name, weights[origin], wanted.shape, source.config)
+    return state
+
+
+def _select(
+    name: str, tensor: torch.Tensor, shape: torch.Size, config: PretrainedConfig
+) -> torch.Tensor:
+    """The evenly spread part of `tensor` with the given shape; whole heads where heads are."""
+    for dim, size in enumerate(shape):
+        if tensor.shape[dim] == size:
+            continue
+        per_head = (any(part in name for part in HEAD_OUTPUT) and dim == 0) or (
+            any(part in name for part in HEAD_INPUT) and dim == 1
+        )
+        if not per_head and "attn" in name and not any(
+            part in name for part in HEAD_OUTPUT + HEAD_INPUT
+        ):
+            raise ConfigError(
+                f"student.width cannot shrink the fused attention weight {name!r} of a"
+                f" {config.model_type} model; use student.layers instead"
+            )
+        unit = _head_dim(config) if per_head else 1
+        units = _spread(tensor.shape[dim] // unit, size // unit)
+        index = (units[:, None] * unit + torch.arange(unit)).flatten()
+        tensor = tensor.index_select(dim, index)
+    return tensor.clone()
+
+
+def _spread(total: int, kept: int) -> torch.Tensor:
+    """`kept` indices evenly spread over 0..total-1, both ends included."""
+    if kept == 1:
+        return torch.zeros(1, dtype=torch.long)
+    return (torch.arange(kept) * (total - 1) / (kept - 1)).round().long()
+
+
+def _layers_path(model: PreTrainedModel) -> str:
+    """Dotted name of the list of layers."""
+    total = model.config.num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == total:
+            return name
+    raise ConfigError(f"cannot find the {total} layers of a {type(model).__name__}")
+
+
+def _kv_heads(config: Any) -> int:
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
+def _head_dim(config: Any) -> int:
+    explicit = getattr(config, "head_dim", None)
+    return int(explicit or config.hidden_size // config.num_attention_heads)
+
+
+def _multiple_of_8(size: float) -> int:
+    return max(8, round(size / 8) * 8)

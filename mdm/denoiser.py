@@ -1,0 +1,207 @@
+"""Any `transformers` decoder LM as a denoiser: tokens in, logits for the positions asked for out.
+
+The AR shift lives here and nowhere else: callers always ask for the position they mean. A shifted
+model reads the distribution of position i from the output at position i - 1, as its AR ancestor did.
+The head runs only on the rows asked for, in chunks when a score is wanted.
+Shapes: B batch, L length, N rows asked for (row-major order of `wanted_BL`), D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from . import attention
+from .errors import CheckpointError
+from .vocab import Vocab
+
+# A scored chunk of logits stays near this size; larger chunks gain no speed on CPU or GPU.
+CHUNK_BYTES = 64 * 2**20
+
+Score = Callable[..., torch.Tensor]
+
+
+class Denoiser(nn.Module):
+    """A language model that predicts masked positions from everything visible.
+
+    model    a `transformers` causal-LM module; its config says `is_causal: false`
+    vocab    its vocabulary, with a mask id
+    shift    read position i from output i - 1 (models initialised from an AR checkpoint)
+    lineage  where the weights came from, one entry a step (conversion, training)
+    """
+
+    def __init__(
+        self, model: nn.Module, vocab: Vocab, *, shift: bool, lineage: tuple[dict[str, Any], ...] = ()
+    ) -> None:
+        super().__init__()
+        assert vocab.mask_id is not None, "a denoiser needs a vocabulary with a mask token"
+        self.model = model
+        self.vocab = vocab
+        self.shift = shift
+        self.lineage = lineage
+        self.mask_id: int = vocab.mask_id
+        # A model with sliding windows would keep its window; an explicit mask lifts it on every layer.
+        self.always_mask = has_sliding_window(model.config)
+        probe_attention(model, causal=False)
+        self.plain_head = has_plain_head(model)
+        rows = model.get_output_embeddings().weight.shape[0]
+        never = [self.mask_id, *range(len(vocab), rows)]
+        self.register_buffer("never_sampled", torch.tensor(never), persistent=False)
+
+    @property
+    def max_length(self) -> int:
+        """Longest canvas the model was built for, in tokens."""
+        return int(self.model.config.get_text_config().max_position_embeddings)
+
+    @property
+    def device(self) -> torch.device:
+        return self.never_sampled.device  # type: ignore[return-value]
+
+    def forward(
+        self,
+        xt_BL: torch.Tensor,
+        wanted_BL: torch.Tensor,
+        *,
+        document_ids_BL: torch.Tensor | None = None,
+        score: Score | None = None,
+        score_inputs: tuple[torch.Tensor, ...] = (),
+    ) -> torch.Tensor:
+        """Logits (N, V), float32, of the wanted positions; or `score(logits_nV, *inputs_n)` per row.
+
+        With `score`, logits exist only for a chunk of rows at a time and are recomputed in the
+        backward pass; each of `score_inputs` has N rows, the result is the scores of all N rows.
+        The logits of the mask token and of unused rows of the head are -inf.
+        """
+        rows_ND = self.rows(xt_BL, wanted_BL, document_ids_BL=document_ids_BL)
+        if score is None:
+            return self.head(rows_ND)
+
+        def scored(rows_nD: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+            return score(self.head(rows_nD), *inputs)
+
+        size = max(1, CHUNK_BYTES // (4 * self.model.config.get_text_config().vocab_size))
+        parts = []
+        for first in range(0, max(1, len(rows_ND)), size):
+            chunk = slice(first, first + size)
+            inputs = (rows_ND[chunk], *(tensor[chunk] for tensor in score_inputs))
+            if torch.is_grad_enabled():
+                parts.append(checkpoint(scored, *inputs, use_reentrant=False))
+            else:
+                parts.append(scored(*inputs))
+        return torch.cat(parts)
+
+    def rows(
+        self,
+        xt_BL: torch.Tensor,
+        wanted_BL: torch.Tensor,
+        *,
+        document_ids_BL: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """(N, D) inputs of the head for the wanted positions."""
+        if self.shift:
+            assert not bool(wanted_BL[:, 0].any()), "position 0 of a shifted model has no predecessor"
+            wanted_BL = wanted_BL.roll(-1, dims=1)
+        layout = attention_layout(
+            document_ids_BL, xt_BL, self.model.dtype, causal=False, always=self.always_mask
+        )
+        if self.plain_head:
+            return self.model.base_model(xt_BL, use_cache=False, **layout)[0][wanted_BL]
+        return self.model(xt_BL, use_cache=False, logits_to_keep=wanted_BL, **layout).logits
+
+    def head(self, rows_ND: torch.Tensor) -> torch.Tensor:
+        """(N, V) float32 logits from the inputs of the head."""
+        logits_NV = self.model.get_output_embeddings()(rows_ND) if self.plain_head else rows_ND
+        return logits_NV.float().index_fill(-1, self.never_sampled, float("-inf"))
+
+
+def attention_layout(
+    document_ids_BL: torch.Tensor | None,
+    x_BL: torch.Tensor,
+    dtype: torch.dtype,
+    *,
+    causal: bool,
+    always: bool = False,
+) -> dict[str, torch.Tensor]:
+    """Model arguments that keep documents and padding apart; empty when there is nothing to keep apart.
+
+    Without a mask the fast attention kernels can be used, so the mask is made only when needed.
+    """
+    if document_ids_BL is None:
+        if not always:
+            return {}
+        document_ids_BL = torch.zeros_like(x_BL)
+    if not always and attention.is_one_full_document(document_ids_BL):
+        return {}
+    visible_BLL = attention.visible(document_ids_BL, causal=causal)
+    return {
+        "attention_mask": attention.float_mask(visible_BLL, dtype),
+        "position_ids": attention.positions(document_ids_BL),
+    }
+
+
+def has_sliding_window(config: Any) -> bool:
+    """Does any layer of this model attend to a window only?"""
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None)
+    if kinds is not None:
+        return any("sliding" in kind or "chunked" in kind for kind in kinds)
+    return getattr(text, "sliding_window", None) is not None
+
+
+@torch.no_grad()
+def probe_attention(model: nn.Module, *, causal: bool) -> None:
+    """Raise CheckpointError unless attention really is what was asked.
+
+    Changes the last of six tokens and looks at the first position: it must change if attention is
+    bidirectional and must not if it is causal. An architecture that ignores `is_causal` fails here.
+    """
+    x_L = _probe_tokens(model)
+    # Several last tokens: untrained rows of a real vocabulary can be exactly equal.
+    x_BL = x_L.repeat(len(x_L), 1)
+    x_BL[:, -1] = x_L
+    with _evaluating(model):
+        first_BD = model.base_model(x_BL, use_cache=False)[0][:, 0].float()
+    change, size = (first_BD - first_BD[:1]).abs().max(), first_BD.abs().max()
+    sees_right = bool(change > 1e-3 * size)  # rounding may differ between rows of a batch
+    if sees_right == causal:
+        asked, found = ("causal", "bidirectional") if causal else ("bidirectional", "causal")
+        raise CheckpointError(
+            f"attention of {type(model).__name__} should be {asked} but is {found}: either this is"
+            f" not {'an autoregressive' if causal else 'a denoising'} checkpoint, or its"
+            " architecture ignores config.is_causal and mdm cannot use it"
+        )
+
+
+@torch.no_grad()
+def has_plain_head(model: nn.Module) -> bool:
+    """Are the logits just head(last hidden state), with no scaling or capping in between?"""
+    x_BL = _probe_tokens(model)[None]
+    with _evaluating(model):
+        hidden_BLD = model.base_model(x_BL, use_cache=False)[0]
+        plain_BLV = model.get_output_embeddings()(hidden_BLD)
+        return torch.equal(plain_BLV, model(x_BL, use_cache=False).logits)
+
+
+def _probe_tokens(model: nn.Module) -> torch.Tensor:
+    """(6,) ids spread over the vocabulary."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    return torch.linspace(0, rows - 1, 6, device=model.device).long()
+
+
+@dataclasses.dataclass
+class _evaluating:
+    """Context: the module in eval mode, its mode restored afterwards."""
+
+    module: nn.Module
+
+    def __enter__(self) -> None:
+        self.was_training = self.module.training
+        self.module.eval()
+
+    def __exit__(self, *_: object) -> None:
+        self.module.train(self.was_training)

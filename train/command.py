@@ -1,0 +1,87 @@
+"""`mdm train`: from a recipe to a run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.option("--recipe", default=None, help="Recipe by name or YAML file.  [default: demo]")
+@click.option(
+    "--set",
+    "assignments",
+    multiple=True,
+    metavar="SECTION.KEY=VALUE",
+    help="Override one setting of the recipe; may be repeated.",
+)
+@click.option("--name", help="Name of the run.  [default: the recipe's]")
+@click.option("--runs", default="runs", show_default=True, help="Folder that holds the runs.")
+@click.option(
+    "--resume",
+    type=click.Path(path_type=Path),
+    help="Run folder to continue from its newest checkpoint, with the recipe stored there.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace an existing run of this name.")
+@click.option("--dry-run", is_flag=True, help="Print what would be done: parameters, tokens, memory.")
+@click.option("--list", "list_recipes", is_flag=True, help="List the recipes that come with mdm.")
+def train(
+    recipe: str | None,
+    assignments: tuple[str, ...],
+    name: str | None,
+    runs: str,
+    resume: Path | None,
+    overwrite: bool,
+    dry_run: bool,
+    list_recipes: bool,
+) -> None:
+    """Distil an autoregressive teacher into a masked diffusion student.
+
+    Writes runs/NAME/: recipe.yaml, data, checkpoints, metrics.jsonl, loss.png and final/, the
+    finished model. Works alone or under `torchrun -m mdm.cli train …`.
+
+    \b
+    mdm train                                           the demo recipe
+    mdm train --recipe suffix --set train.steps=50 --name try
+    mdm train --recipe mine.yaml --dry-run
+    mdm train --resume runs/try
+    """
+    from mdm.errors import ConfigError
+
+    from . import processes
+    from .recipe import DEFAULT_RECIPE, read_recipe, shipped_recipes
+
+    if list_recipes:
+        click.echo("\n".join(shipped_recipes()))
+        return
+    if resume is not None and (recipe or assignments or name or overwrite):
+        raise ConfigError(
+            "--resume continues a run as it was; --recipe, --set, --name and --overwrite do not go"
+            " with it"
+        )
+    if name is not None:
+        assignments = (*assignments, f"name={name}")
+    if dry_run:
+        from .estimate import describe
+
+        if resume is not None:
+            from .run import read_run
+
+            click.echo(describe(read_run(resume)))
+        else:
+            click.echo(describe(read_recipe(recipe or DEFAULT_RECIPE, assignments)))
+        return
+    from .run import new_run, read_run
+    from .trainer import train as run_training
+
+    with processes.process_group():
+        if resume is not None:
+            folder, settings = resume, read_run(resume)
+        else:
+            settings = read_recipe(recipe or DEFAULT_RECIPE, assignments)
+            folder = Path(runs) / settings.name
+            if processes.rank() == 0:
+                new_run(settings, Path(runs), overwrite=overwrite)
+            processes.barrier()
+        run_training(settings, folder)

@@ -1,0 +1,119 @@
+"""A document: a piece of text to learn from, and where it was found. Also what was left out, and why.
+
+Knows nothing of files, tokens or rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mdm.errors import DataError
+
+Message = Mapping[str, str]
+
+_EXAMPLES = 3
+
+
+@dataclass(frozen=True)
+class Document:
+    """Text to learn, and the name of the file or row it came from.
+
+    `prompt` is None for plain text. A prompt (text, or chat messages before the assistant's turn) is
+    read but never learnt; then `text` is the response to it.
+    """
+
+    text: str
+    origin: str
+    prompt: str | tuple[Message, ...] | None = None
+
+    def hash(self, seed: int) -> int:
+        """A 64-bit hash of the content; trailing white space and the kind of line ending are ignored."""
+        prompt = self.prompt if isinstance(self.prompt, str | None) else json.dumps(self.prompt)
+        lines = (line.rstrip() for line in self.text.rstrip().split("\n"))
+        content = "\n".join(lines) if prompt is None else "\0".join((prompt, *lines))
+        key = (seed % 2**64).to_bytes(8, "little")
+        digest = hashlib.blake2b(content.encode(), digest_size=8, key=key)
+        return int.from_bytes(digest.digest(), "little")
+
+
+class Skips:
+    """What was left out: counts by reason, and the first few names for each."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.examples: dict[str, list[str]] = {}
+
+    def add(self, reason: str, name: str) -> None:
+        """Count `name` as left out for `reason`."""
+        self.counts[reason] += 1
+        if self.counts[reason] <= _EXAMPLES:
+            self.examples.setdefault(reason, []).append(name)
+
+    def __str__(self) -> str:
+        """For people: "2 not UTF-8 (a.py, b.py), 9 empty (c.py, d.py, e.py, …)"."""
+        parts = []
+        for reason, count in self.counts.most_common():
+            more = ", …" if count > _EXAMPLES else ""
+            parts.append(f"{count} {reason} ({', '.join(self.examples[reason])}{more})")
+        return ", ".join(parts) or "nothing skipped"
+
+
+def document_of_row(row: object, origin: str, column: str | None = None) -> Document:
+    """The document in a row of a data file; what the row holds decides what it is.
+
+    `column` takes plain text from that key. Otherwise `messages` is a chat whose last assistant turn is
+    the response, `prompt` with `response` is a pair, and `text` is plain text; the first found counts.
+    Raises DataError naming `origin` if the row is none of these.
+    """
+    if not isinstance(row, Mapping):
+        raise DataError(f"{origin}: a row must be an object with keys; got {_short(row)}")
+    if column is not None:
+        return Document(_text(row, column, origin), origin)
+    if "messages" in row:
+        return _chat(row["messages"], origin)
+    if "prompt" in row and "response" in row:
+        return Document(_text(row, "response", origin), origin, _text(row, "prompt", origin))
+    if "text" in row:
+        return Document(_text(row, "text", origin), origin)
+    raise DataError(
+        f"{origin}: the row has the keys {', '.join(map(str, row)) or '(none)'}; expected `text`, or"
+        " `prompt` and `response`, or `messages`"
+    )
+
+
+def _chat(messages: object, origin: str) -> Document:
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"{origin}: `messages` must be a list of turns; got {_short(messages)}")
+    turns = []
+    for turn in messages:
+        if not isinstance(turn, Mapping):
+            raise DataError(f"{origin}: a turn must have `role` and `content`; got {_short(turn)}")
+        turns.append({key: _text(turn, key, origin) for key in ("role", "content")})
+    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+    if not answers or answers[-1] == 0:
+        raise DataError(f"{origin}: `messages` needs an assistant turn after another turn")
+    return Document(turns[answers[-1]]["content"], origin, tuple(turns[: answers[-1]]))
+
+
+def _text(row: Mapping[Any, Any], key: str, origin: str) -> str:
+    """`row[key]`, which must be text that UTF-8 can write."""
+    if key not in row:
+        raise DataError(f"{origin}: no `{key}` in the keys {', '.join(map(str, row)) or '(none)'}")
+    text = row[key]
+    if not isinstance(text, str):
+        raise DataError(f"{origin}: `{key}` must be text; got {_short(text)}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{origin}: `{key}` is not valid Unicode: {error.reason}") from error
+    return text
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:80] + "…"

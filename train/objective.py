@@ -1,0 +1,275 @@
+"""One training objective: draw masks, ask the teacher, score the student, weigh every term alike.
+
+    loss = (1 - λ) · Σ w_i CE_i / D  +  λ · T² · Σ w_i h_i KL_i / D          (λ = kd_lambda · ramp)
+
+w_i is the weight of the noise level, the same for both terms, and D the global denominator of the
+whole step, so that the result does not depend on micro-batches or processes. h_i corrects for a
+chosen subset: with k of a row's m masked positions distilled, each counts m / k times.
+
+    weight       w_i             D                   what it is
+    bound        1/t, or L/l     maskable tokens     the negative likelihood bound per token
+    mean_masked  1               masked tokens       plain mean; stresses high noise, no bound
+
+Shapes: B batch, L length, N masked positions, n a chunk of them, V vocabulary, K teacher tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+
+from mdm.config import require
+from mdm.denoiser import Denoiser
+from mdm.diffusion import apply_mask, mask_by_rate, mask_exactly, row_uniforms, spread_uniforms
+from mdm.errors import check_known
+from mdm.schedule import SCHEDULES
+
+from .losses import DIVERGENCES, TAILS, check_tail, cross_entropy, distillation, linear_ramp
+from .targets import SoftTargets, TargetSettings
+from .teachers.ar import ARTeacher
+from .teachers.kinds import TARGETS
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveSettings:
+    """What is minimised.
+
+    masking         "rate": each token masked with probability 1 - alpha(t); "exact": exactly l tokens
+    schedule        noise schedule of masking=rate: linear or cosine
+    min_t           smallest noise level drawn; the weight 1/t is at most 1/min_t
+    weight          "bound" or "mean_masked", see the table above
+    label_smoothing of the cross-entropy; 0 = off
+    kd_lambda       weight of distillation in (1-λ)·CE + λ·T²·KL; 0 = no teacher is loaded
+    kd_ramp_steps   steps over which λ grows linearly from 0; 0 = at once
+    kd_temperature  of teacher and student in the distillation term
+    kd_positions    masked positions distilled per row, uniformly chosen; 0 = all
+    ce_positions    cross-entropy on "all" masked positions, or only on the "rest" not distilled
+    divergence      forward_kl, reverse_kl or jsd
+    jsd_beta        of divergence=jsd; 0 = forward KL, 1 = reverse KL
+    tail            treatment of tokens the teacher did not keep: bucket, renormalise or partial
+    """
+
+    masking: str = "rate"
+    schedule: str = "linear"
+    min_t: float = 0.01
+    weight: str = "bound"
+    label_smoothing: float = 0.0
+    kd_lambda: float = 0.5
+    kd_ramp_steps: int = 0
+    kd_temperature: float = 1.0
+    kd_positions: int = 0
+    ce_positions: str = "all"
+    divergence: str = "forward_kl"
+    jsd_beta: float = 0.5
+    tail: str = "bucket"
+
+    def __post_init__(self) -> None:
+        check_known("masking", self.masking, MASKINGS)
+        check_known("schedule", self.schedule, SCHEDULES)
+        check_known("weight", self.weight, WEIGHTS)
+        check_known("divergence", self.divergence, DIVERGENCES)
+        check_known("tail", self.tail, TAILS)
+        check_known("ce_positions", self.ce_positions, ("all", "rest"))
+        require(0 < self.min_t < 1, f"objective.min_t must be in (0, 1); got {self.min_t}")
+        for name in ("kd_lambda", "jsd_beta"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"objective.{name} must be in [0, 1]; got {value}")
+        require(
+            0 <= self.label_smoothing < 1,
+            f"objective.label_smoothing must be in [0, 1); got {self.label_smoothing}",
+        )
+        require(
+            self.kd_temperature > 0,
+            f"objective.kd_temperature must be positive; got {self.kd_temperature}",
+        )
+        for name in ("kd_positions", "kd_ramp_steps"):
+            value = getattr(self, name)
+            require(value >= 0, f"objective.{name} must be >= 0; got {value}")
+        require(
+            self.ce_positions == "all" or self.kd_positions > 0 or self.kd_lambda == 0,
+            "objective.ce_positions=rest leaves nothing for the cross-entropy when all masked"
+            " positions are distilled; set objective.kd_positions to 1 or more",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedBatch:
+    """A micro-batch after the forward process, on the CPU.
+
+    `weight_BL` is w_i at masked positions; `distilled_BL` the positions the teacher is asked for;
+    `ce_weight_BL` and `kd_weight_BL` include the subset corrections.
+    """
+
+    x0_BL: torch.Tensor
+    xt_BL: torch.Tensor
+    document_ids_BL: torch.Tensor
+    masked_BL: torch.Tensor
+    distilled_BL: torch.Tensor
+    ce_weight_BL: torch.Tensor
+    kd_weight_BL: torch.Tensor
+    denominator: float
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the batch, padding left out."""
+        return int((self.document_ids_BL >= 0).sum())
+
+    def to(self, device: torch.device) -> MaskedBatch:
+        """The same batch on another device."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        moved = {k: v.to(device) for k, v in values.items() if isinstance(v, torch.Tensor)}
+        return dataclasses.replace(self, **moved)
+
+
+def _by_rate(
+    settings: ObjectiveSettings, level_B: torch.Tensor, maskable_BL: torch.Tensor, u_BL: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    t_B = settings.min_t + (1 - settings.min_t) * level_B
+    schedule = SCHEDULES[settings.schedule]
+    return mask_by_rate(1 - schedule.alpha(t_B), maskable_BL, u_BL), schedule.loss_weight(t_B)
+
+
+def _exactly(
+    settings: ObjectiveSettings, level_B: torch.Tensor, maskable_BL: torch.Tensor, u_BL: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    total_B = maskable_BL.sum(1)
+    count_B = (level_B * total_B).long() + 1  # uniform on 1..L: level < 1
+    count_B = torch.minimum(count_B, total_B)
+    return mask_exactly(count_B, maskable_BL, u_BL), total_B / count_B.clamp(min=1)
+
+
+MASKINGS = {"rate": _by_rate, "exact": _exactly}
+WEIGHTS = ("bound", "mean_masked")
+
+
+def mask_batch(
+    settings: ObjectiveSettings,
+    tokens_BL: torch.Tensor,
+    document_ids_BL: torch.Tensor,
+    maskable_BL: torch.Tensor,
+    *,
+    mask_id: int,
+    seed: int,
+    step: int,
+    samples: Sequence[int],
+    samples_per_step: int,
+) -> MaskedBatch:
+    """Masks and weights of the samples with these indices in the step; depends on nothing else."""
+    length = tokens_BL.shape[1]
+    level_B = spread_uniforms("noise level", seed, step, samples, samples_per_step)
+    uniforms_BL = row_uniforms("mask", seed, step, samples, length)
+    masked_BL, weight_B = MASKINGS[settings.masking](settings, level_B, maskable_BL, uniforms_BL)
+    bound = settings.weight == "bound"
+    weight_BL = masked_BL * (weight_B[:, None] if bound else 1.0)
+    if settings.kd_lambda == 0:
+        distilled_BL = torch.zeros_like(masked_BL)
+    elif settings.kd_positions == 0:
+        distilled_BL = masked_BL
+    else:
+        choice_BL = row_uniforms("distilled", seed, step, samples, length)
+        count_B = torch.full_like(weight_B, settings.kd_positions, dtype=torch.long)
+        distilled_BL = mask_exactly(count_B, masked_BL, choice_BL)
+    scored_BL = masked_BL & ~distilled_BL if settings.ce_positions == "rest" else masked_BL
+    return MaskedBatch(
+        x0_BL=tokens_BL,
+        xt_BL=apply_mask(tokens_BL, masked_BL, mask_id),
+        document_ids_BL=document_ids_BL,
+        masked_BL=masked_BL,
+        distilled_BL=distilled_BL,
+        ce_weight_BL=weight_BL * subset_correction(masked_BL, scored_BL),
+        kd_weight_BL=weight_BL * subset_correction(masked_BL, distilled_BL),
+        denominator=float((maskable_BL if bound else masked_BL).sum()),
+    )
+
+
+def subset_correction(whole_BL: torch.Tensor, part_BL: torch.Tensor) -> torch.Tensor:
+    """(B, L) m/k on the k positions of `part`, 0 elsewhere: keeps the expected sum over the whole."""
+    factor_B = whole_BL.sum(1) / part_BL.sum(1).clamp(min=1)
+    return part_BL * factor_B[:, None]
+
+
+def kd_weight(settings: ObjectiveSettings, step: int) -> float:
+    """λ at this optimizer step (0-based)."""
+    return settings.kd_lambda * linear_ramp(step, ramp_steps=settings.kd_ramp_steps)
+
+
+def soft_targets(
+    teacher: ARTeacher,
+    batch: MaskedBatch,
+    settings: TargetSettings,
+    temperature: float,
+) -> SoftTargets:
+    """The teacher's answer for the distilled positions of a batch."""
+    return TARGETS[settings.kind](
+        teacher,
+        batch.x0_BL,
+        batch.distilled_BL,
+        batch.document_ids_BL,
+        settings=settings,
+        temperature=temperature,
+    )
+
+
+def loss_sums(
+    denoiser: Denoiser,
+    batch: MaskedBatch,
+    targets: SoftTargets | None,
+    settings: ObjectiveSettings,
+) -> torch.Tensor:
+    """(2,) Σ w CE and Σ w T² KL of a micro-batch, before division by D. `denoiser` may be wrapped."""
+    masked_BL = batch.masked_BL
+    ids_N, ce_weight_N = batch.x0_BL[masked_BL], batch.ce_weight_BL[masked_BL]
+    kd_weight_N = batch.kd_weight_BL[masked_BL]
+    inputs: tuple[torch.Tensor, ...] = (ids_N, ce_weight_N)
+    if targets is not None:
+        spread = partial(_rows_at, batch.distilled_BL[masked_BL])
+        inputs += (kd_weight_N, *(spread(tensor) for tensor in targets.tensors))
+
+    def score(logits_nV: torch.Tensor, *chunk: torch.Tensor) -> torch.Tensor:
+        ids_n, ce_weight_n, *kd = chunk
+        ce_n = cross_entropy(logits_nV, ids_n, label_smoothing=settings.label_smoothing)
+        kl_n = torch.zeros_like(ce_n)
+        if kd:
+            kd_weight_n, *sparse = kd
+            on_n = kd_weight_n > 0
+            divergence_n = distillation(
+                logits_nV[on_n],
+                *(tensor[on_n] for tensor in sparse),
+                divergence=divergence(settings),
+                temperature=settings.kd_temperature,
+                tail=settings.tail,
+            )
+            kl_n = kl_n.masked_scatter(on_n, kd_weight_n[on_n] * divergence_n)
+        return torch.stack([ce_weight_n * ce_n, kl_n], dim=-1)
+
+    scored_N2 = denoiser(
+        batch.xt_BL,
+        masked_BL,
+        document_ids_BL=batch.document_ids_BL,
+        score=score,
+        score_inputs=inputs,
+    )
+    return scored_N2.sum(0)
+
+
+def divergence(settings: ObjectiveSettings) -> partial[torch.Tensor]:
+    """The divergence of the settings as a function of two log-distributions."""
+    options = {"beta": settings.jsd_beta} if settings.divergence == "jsd" else {}
+    return partial(DIVERGENCES[settings.divergence], **options)
+
+
+def check_objective(objective: ObjectiveSettings, target: TargetSettings) -> None:
+    """Settings that are each right but do not fit together: raise ConfigError."""
+    check_known("target.kind", target.kind, TARGETS)
+    if objective.kd_lambda > 0:
+        check_tail(objective.divergence, objective.tail, target.kind)
+
+
+def _rows_at(at_N: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """`rows` placed where `at_N` is true among N rows, zeros elsewhere."""
+    result = rows.new_zeros(len(at_N), *rows.shape[1:])
+    result[at_N] = rows
+    return result

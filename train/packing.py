@@ -1,0 +1,132 @@
+"""From the tokens of documents to rows of one length.
+
+A row holds one or more segments. A segment is a whole document or a piece of a long one, opens with
+the start token, and never continues in the next row. Plain text may be cut anywhere into pieces of at
+least `min_tokens`, so that rows are full; a prompt with its response has a row to itself.
+Shapes: L length of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+EOS_PADDINGS = ("none", "block", "row")
+PADDING_DOCUMENT = -1
+
+
+class Row(NamedTuple):
+    """One training sample: token ids, segment number (-1 = padding), and what may be masked."""
+
+    tokens_L: npt.NDArray[np.int32]
+    document_ids_L: npt.NDArray[np.int32]
+    maskable_L: npt.NDArray[np.bool_]
+
+
+class _Segment(NamedTuple):
+    context: list[int]  # start token and prompt: read, never masked
+    targets: list[int]
+
+    def __len__(self) -> int:
+        return len(self.context) + len(self.targets)
+
+
+@dataclass
+class Packer:
+    """Cuts documents into segments and fills rows with them, in the order they come.
+
+    length       tokens in a row, more than twice `min_tokens`
+    min_tokens   shortest piece of plain text, its eos included
+    packing      several segments in a row; False: one, then padding
+    eos_padding  targets after a response: "none", "block" (eos until the response fills a multiple of
+                 `eos_block` tokens) or "row" (eos to the end of the row, LLaDA arXiv 2502.09992)
+    """
+
+    length: int
+    min_tokens: int
+    packing: bool
+    eos_padding: str
+    eos_block: int
+    start_id: int
+    eos_id: int
+    pad_id: int
+    _open: list[_Segment] = field(default_factory=list, init=False)
+
+    def refusal(self, tokens: Sequence[int], prompt: Sequence[int] | None = None) -> str | None:
+        """Why these tokens cannot be learnt from, in a few words; None if they can."""
+        if prompt is None:
+            return "too short" if len(tokens) + 1 < self.min_tokens else None
+        if not tokens:
+            return "empty"
+        room = self.length - len(self._opened(prompt))
+        return "prompt too long" if room < min(self.min_tokens, len(tokens) + 1) else None
+
+    def add(self, tokens: Sequence[int], prompt: Sequence[int] | None = None) -> list[Row]:
+        """The rows that these tokens complete. They must not be refused.
+
+        Plain text (no prompt) gets start and eos; its last row stays open for the next document.
+        A response is cut at the end of its row, then without eos; its row is complete at once.
+        """
+        assert self.refusal(tokens, prompt) is None, "the caller drops what is refused"
+        if prompt is not None:
+            context = self._opened(prompt)
+            return [self._row([_Segment(context, self._response(tokens, len(context)))])]
+        rows = []
+        rest = [*tokens, self.eos_id]
+        while rest:
+            size = self._piece(len(rest))
+            if size:
+                self._open.append(_Segment([self.start_id], rest[:size]))
+                rest = rest[size:]
+            if not size or not self.packing:
+                rows += self.finish()
+        return rows
+
+    def finish(self) -> list[Row]:
+        """The open row, filled with padding; empty if none is open."""
+        segments, self._open = self._open, []
+        return [self._row(segments)] if segments else []
+
+    def _piece(self, left: int) -> int:
+        """How many of a document's `left` tokens to put into the open row; 0 = begin another row.
+
+        Neither this piece nor what remains is shorter than min_tokens.
+        """
+        room = self.length - sum(map(len, self._open)) - 1
+        if left <= room:
+            return left
+        size = min(room, left - self.min_tokens)
+        return size if size >= self.min_tokens else 0
+
+    def _opened(self, prompt: Sequence[int]) -> list[int]:
+        """The prompt behind a start token; a chat template may have put one there already."""
+        return list(prompt) if prompt and prompt[0] == self.start_id else [self.start_id, *prompt]
+
+    def _response(self, tokens: Sequence[int], context: int) -> list[int]:
+        room = self.length - context
+        targets = [*tokens, self.eos_id][:room]
+        filled = {
+            "none": len(targets),
+            "block": -(-len(targets) // self.eos_block) * self.eos_block,
+            "row": room,
+        }[self.eos_padding]
+        return targets + [self.eos_id] * (min(filled, room) - len(targets))
+
+    def _row(self, segments: list[_Segment]) -> Row:
+        row = Row(
+            np.full(self.length, self.pad_id, np.int32),
+            np.full(self.length, PADDING_DOCUMENT, np.int32),
+            np.zeros(self.length, np.bool_),
+        )
+        start = 0
+        for number, (context, targets) in enumerate(segments):
+            middle, end = start + len(context), start + len(context) + len(targets)
+            row.tokens_L[start:end] = context + targets
+            row.document_ids_L[start:end] = number
+            row.maskable_L[middle:end] = True
+            start = end
+        return row

@@ -1,0 +1,162 @@
+"""What a run shows and leaves behind: a live line, metrics.jsonl, TensorBoard if asked, loss.png."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from mdm.errors import ConfigError
+
+
+class Progress:
+    """Sinks of one run; with several processes only the first one shows and writes anything."""
+
+    def __init__(self, folder: Path, *, steps: int, first: int, active: bool, board: bool) -> None:
+        self.steps, self.first, self.active = steps, first, active
+        self.start = time.monotonic()
+        self.tokens = 0
+        self.live = active and sys.stderr.isatty()
+        self.path = folder / "metrics.jsonl"
+        self.board = open_tensorboard(folder / "tensorboard") if active and board else None
+        if active:
+            _keep_until(self.path, first)
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        """Record a finished step (counted from 1)."""
+        self.tokens += int(metrics["tokens"])
+        if not self.active:
+            return
+        seconds = time.monotonic() - self.start
+        rate = self.tokens / seconds
+        memory = peak_memory_bytes()
+        self._write({"step": step, **metrics, "tokens_per_second": rate, "memory_bytes": memory})
+        left = seconds / (step - self.first) * (self.steps - step)
+        line = (
+            f"step {step}/{self.steps}  loss {metrics['loss']:.3f} (ce {metrics['ce']:.3f}"
+            f" kd {metrics['kd']:.3f})  lr {metrics['learning_rate']:.1e}  {rate:.0f} tok/s"
+            f"  {memory / 2**30:.1f} GiB  ETA {clock(left)}"
+        )
+        if self.live:
+            print(f"\r{line}\033[K", end="", file=sys.stderr, flush=True)
+        elif step % max(1, self.steps // 20) == 0 or step == self.steps:
+            print(line, file=sys.stderr, flush=True)
+
+    def evaluation(self, step: int, summary: dict[str, Any]) -> None:
+        """Record an evaluation after `step` steps."""
+        if not self.active:
+            return
+        self._write({"step": step, "held_out": summary})
+        self.say(
+            f"held-out bound after {step} steps:"
+            f" {summary['nelbo']:.3f} ± {summary['nelbo_std_err']:.3f} nats per token"
+        )
+
+    def say(self, text: str) -> None:
+        """One line for people, below the live line."""
+        if self.active:
+            print(("\n" if self.live else "") + text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Flush the sinks."""
+        if self.board is not None:
+            self.board.close()
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+        if self.board is not None:
+            flat = {**entry, **entry.get("held_out", {})}
+            for name, value in flat.items():
+                if isinstance(value, (int, float)) and name != "step":
+                    self.board.add_scalar(name, value, entry["step"])
+
+
+def open_tensorboard(folder: Path) -> Any:
+    """A TensorBoard writer; ConfigError if the package is missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError(
+            "train.tensorboard=true needs the package tensorboard; install mdm-code[tensorboard]"
+            " or set train.tensorboard=false"
+        ) from error
+    return SummaryWriter(str(folder))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The entries of a metrics.jsonl; a last line cut short by a kill is left out."""
+    entries = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                entries.append(json.loads(line))
+            except ValueError:
+                break
+    return entries
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drop entries after `step`: a resumed run writes them again."""
+    kept = [entry for entry in read_metrics(path) if entry["step"] <= step]
+    draft = path.with_suffix(".draft")
+    draft.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+    os.replace(draft, path)
+
+
+def plot_loss(metrics: Path, image: Path) -> bool:
+    """Draw the loss and the held-out bound over steps; False if matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    entries = read_metrics(metrics)
+    steps = [e for e in entries if "loss" in e]
+    bounds = [e for e in entries if "held_out" in e]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    names = ["loss", "ce", "kd"] if any(e["kd"] for e in steps) else ["loss"]
+    for name in names:
+        axes.plot(
+            [e["step"] for e in steps],
+            [e[name] for e in steps],
+            label=f"train {name}",
+            alpha=1.0 if name == "loss" else 0.5,
+        )
+    axes.errorbar(
+        [e["step"] for e in bounds],
+        [e["held_out"]["nelbo"] for e in bounds],
+        yerr=[e["held_out"]["nelbo_std_err"] for e in bounds],
+        fmt="o-",
+        capsize=3,
+        color="black",
+        label="held-out bound ± s.e.",
+    )
+    axes.set(xlabel="step", ylabel="nats per token", title=metrics.parent.name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(image, dpi=120)
+    return True
+
+
+def peak_memory_bytes() -> int:
+    """Largest device memory allocated so far, or on a CPU the resident memory of this process."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return int(psutil.Process().memory_info().rss)
+
+
+def clock(seconds: float) -> str:
+    """1:05 or 2:03:04."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,147 @@
+"""A recipe: everything `mdm train` needs, from YAML. Shipped ones are found by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from mdm.config import build, override, read_yaml, require
+from mdm.convert import StudentSettings
+from mdm.errors import ConfigError, check_known, unknown
+
+from .dataset import DataSettings
+from .objective import ObjectiveSettings, check_objective
+from .optimizer import LR_SCHEDULES
+from .targets import TargetSettings
+
+DEFAULT_RECIPE = "demo"
+PRECISIONS = ("bf16", "fp32")
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherSettings:
+    """The AR teacher.
+
+    model   folder, .gguf file, hub name or "embedded"; not loaded if objective.kd_lambda is 0
+    dtype   of its weights: bf16 or fp32
+    """
+
+    model: str = "embedded"
+    dtype: str = "bf16"
+
+    def __post_init__(self) -> None:
+        check_known("teacher.dtype", self.dtype, PRECISIONS)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+    """The optimisation.
+
+    steps             optimizer steps
+    batch_rows        rows per step, over all processes
+    micro_rows        rows per forward pass; fewer saves memory and changes nothing else
+    learning_rate     peak of AdamW
+    lr_schedule       wsd (warm-up, stable, linear decay), cosine or constant
+    warmup_steps      steps of linear warm-up
+    decay_fraction    wsd: last part of the steps that decays
+    lr_floor          the schedule ends at this fraction of the peak
+    weight_decay      of matrices; norms and biases never decay
+    betas             of AdamW
+    clip              largest gradient norm; 0 = no clipping
+    ema_decay         average of the weights, used for evaluation and final/; 0 = off
+    precision         bf16 = float32 master weights, bfloat16 autocast; fp32
+    gradient_checkpointing  recompute layers in the backward pass: less memory, more time
+    seed              of masks and of the order of rows
+    eval_every        steps between evaluations on held-out rows; 0 = only before and after
+    eval_rows         held-out rows evaluated
+    eval_draws        masks drawn for each of them
+    checkpoint_every  steps between checkpoints; 0 = only when stopped early
+    keep_checkpoints  newest ones kept
+    max_minutes       stop (with a checkpoint) after this long; 0 = no limit
+    tensorboard       also write TensorBoard events
+    """
+
+    steps: int = 100
+    batch_rows: int = 8
+    micro_rows: int = 8
+    learning_rate: float = 1e-4
+    lr_schedule: str = "wsd"
+    warmup_steps: int = 10
+    decay_fraction: float = 0.3
+    lr_floor: float = 0.0
+    weight_decay: float = 0.1
+    betas: tuple[float, ...] = (0.9, 0.95)
+    clip: float = 1.0
+    ema_decay: float = 0.0
+    precision: str = "bf16"
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    eval_every: int = 0
+    eval_rows: int = 64
+    eval_draws: int = 2
+    checkpoint_every: int = 0
+    keep_checkpoints: int = 2
+    max_minutes: float = 0.0
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_rows", "micro_rows", "eval_rows", "eval_draws"):
+            value = getattr(self, name)
+            require(value >= 1, f"train.{name} must be at least 1; got {value}")
+        for name in ("warmup_steps", "clip", "eval_every", "checkpoint_every", "max_minutes"):
+            value = getattr(self, name)
+            require(value >= 0, f"train.{name} must be >= 0; got {value}")
+        require(self.learning_rate > 0, f"train.learning_rate must be > 0; got {self.learning_rate}")
+        for name in ("decay_fraction", "lr_floor"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"train.{name} must be in [0, 1]; got {value}")
+        require(0 <= self.ema_decay < 1, f"train.ema_decay must be in [0, 1); got {self.ema_decay}")
+        require(len(self.betas) == 2, f"train.betas must be two numbers; got {self.betas}")
+        check_known("train.lr_schedule", self.lr_schedule, LR_SCHEDULES)
+        check_known("train.precision", self.precision, PRECISIONS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """One training run."""
+
+    name: str = "run"
+    student: StudentSettings = StudentSettings()
+    teacher: TeacherSettings = TeacherSettings()
+    data: DataSettings = DataSettings()
+    target: TargetSettings = TargetSettings()
+    objective: ObjectiveSettings = ObjectiveSettings()
+    train: TrainSettings = TrainSettings()
+
+    def __post_init__(self) -> None:
+        require(
+            bool(self.name) and Path(self.name).name == self.name and not self.name.startswith("."),
+            f"name must be a plain folder name; got {self.name!r}",
+        )
+        require(
+            self.data.held_out_fraction > 0,
+            "data.held_out_fraction must be above 0: training reports the bound on held-out rows",
+        )
+        check_objective(self.objective, self.target)
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that come with mdm."""
+    folder = resources.files("mdm.train.recipes")
+    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+def read_recipe(name: str, assignments: Sequence[str] = ()) -> Recipe:
+    """A shipped recipe by name, or a YAML file by path, with `section.key=value` overrides."""
+    tree: dict[str, Any]
+    if name in shipped_recipes():
+        with resources.as_file(resources.files("mdm.train.recipes") / f"{name}.yaml") as path:
+            tree = read_yaml(path)
+    elif Path(name).suffix in (".yaml", ".yml"):
+        tree = {"name": Path(name).stem, **read_yaml(name)}
+    else:
+        raise ConfigError(unknown("recipe", name, shipped_recipes()) + ", or give a .yaml file")
+    return build(Recipe, override(tree, assignments))

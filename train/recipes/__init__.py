@@ -1,0 +1,1 @@
+"""Recipes: YAML files that `mdm train --recipe NAME` finds by name."""

@@ -1,0 +1,256 @@
+"""A run: its folder, and everything a step needs.
+
+    runs/<name>/  recipe.yaml  data/  checkpoints/step-…/  metrics.jsonl  loss.png  record.jsonl  final/
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mdm.checkpoint import SETTINGS_FILE, load_denoiser, save_denoiser, weights_hash
+from mdm.config import build, read_yaml, to_tree
+from mdm.convert import convert
+from mdm.denoiser import Denoiser
+from mdm.errors import CheckpointError, ConfigError
+from mdm.record import append_record, commit, make_record, peak_rss_bytes
+
+from . import processes
+from .dataset import PreparedData, prepare
+from .held_out import HeldOut, held_out_bound
+from .optimizer import WeightAverage, adamw
+from .progress import plot_loss
+from .recipe import Recipe
+from .state import save_state
+from .teachers.ar import ARTeacher, load_teacher
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+WRITTEN = ("checkpoints", "final", "metrics.jsonl", "before.safetensors", "loss.png", "record.jsonl")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The parts of a run; `module` is the denoiser, wrapped when there are several processes."""
+
+    recipe: Recipe
+    folder: Path
+    denoiser: Denoiser
+    module: nn.Module
+    teacher: ARTeacher | None
+    data: PreparedData
+    optimizer: torch.optim.AdamW
+    average: WeightAverage | None
+
+    @property
+    def data_identity(self) -> str:
+        """Hash of everything the rows were made from."""
+        made_from = json.dumps(self.data.manifest["made_from"], sort_keys=True)
+        return hashlib.sha256(made_from.encode()).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What training did: the held-out evaluations and the totals of this session."""
+
+    folder: Path
+    before: HeldOut
+    after: HeldOut
+    steps: int
+    tokens: int
+    seconds: float
+
+
+def new_run(recipe: Recipe, runs: Path, *, overwrite: bool = False) -> Path:
+    """Make the folder of a new run. Raises ConfigError if there is one, unless it is to be replaced."""
+    folder = runs / recipe.name
+    if (folder / "recipe.yaml").exists() and not overwrite:
+        raise ConfigError(
+            f"{folder} holds a run already; continue it with `mdm train --resume {folder}`,"
+            " replace it with --overwrite, or give another --name"
+        )
+    for part in WRITTEN:
+        path = folder / part
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(to_tree(recipe), sort_keys=False)
+    (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+    return folder
+
+
+def read_run(folder: Path) -> Recipe:
+    """The recipe of an existing run. Raises ConfigError if there is none."""
+    if not (folder / "recipe.yaml").is_file():
+        raise ConfigError(f"{folder} holds no run to resume: it has no recipe.yaml")
+    return build(Recipe, read_yaml(folder / "recipe.yaml"))
+
+
+def start(recipe: Recipe, folder: Path) -> Run:
+    """Student, teacher, data and optimizer as they are before the first step."""
+    settings, world, device = recipe.train, processes.world_size(), processes.device()
+    if settings.batch_rows % world:
+        raise ConfigError(
+            f"train.batch_rows ({settings.batch_rows}) must be a multiple of the number of"
+            f" processes ({world})"
+        )
+    torch.manual_seed(settings.seed)
+    denoiser = initial_student(recipe)
+    data = prepare_data(recipe, denoiser, folder)
+    teacher = None
+    if recipe.objective.kd_lambda > 0:
+        dtype = DTYPES[recipe.teacher.dtype]
+        teacher = load_teacher(recipe.teacher.model, denoiser.vocab, dtype=dtype)
+        require_context(recipe, teacher.max_length, "teacher")
+        teacher.model.to(device)
+    denoiser.to(device)
+    if settings.gradient_checkpointing:
+        denoiser.model.gradient_checkpointing_enable({"use_reentrant": False})
+    module: nn.Module = denoiser
+    if world > 1:
+        devices = [device.index] if device.type == "cuda" else None
+        module = DistributedDataParallel(denoiser, device_ids=devices)
+    optimizer = adamw(denoiser, weight_decay=settings.weight_decay, betas=settings.betas)
+    average = WeightAverage(denoiser, settings.ema_decay) if settings.ema_decay else None
+    return Run(recipe, folder, denoiser, module, teacher, data, optimizer, average)
+
+
+def initial_student(recipe: Recipe) -> Denoiser:
+    """What the recipe starts from: a converted AR model, or a denoiser to train further."""
+    init = recipe.student.init
+    student = (
+        load_denoiser(init) if (Path(init) / SETTINGS_FILE).is_file() else convert(recipe.student)
+    )
+    require_context(recipe, student.max_length, "student")
+    return student
+
+
+def require_context(recipe: Recipe, max_length: int, who: str) -> None:
+    """Raise ConfigError if rows are longer than a model's context."""
+    if recipe.data.length > max_length:
+        raise ConfigError(
+            f"data.length is {recipe.data.length}, but the {who} was built for at most"
+            f" {max_length} tokens; lower data.length"
+        )
+
+
+def prepare_data(recipe: Recipe, denoiser: Denoiser, folder: Path) -> PreparedData:
+    """Tokenised rows in the run's folder; the first process makes them, all read them."""
+    if processes.rank() == 0:
+        prepare(recipe.data, denoiser.vocab, folder / "data")
+    processes.barrier()
+    return prepare(recipe.data, denoiser.vocab, folder / "data")
+
+
+def evaluate(run: Run) -> HeldOut:
+    """The held-out bound of the averaged weights, or of the weights if there is no average."""
+    settings = run.recipe.train
+    with averaged_weights(run), precision(run):
+        return held_out_bound(
+            run.denoiser,
+            run.data.held_out,
+            num_rows=settings.eval_rows,
+            draws=settings.eval_draws,
+            batch_rows=settings.micro_rows,
+            seed=settings.seed,
+        )
+
+
+def evaluate_before(run: Run, finished_steps: int) -> HeldOut:
+    """The evaluation before the first step; a resumed run reads it back."""
+    path = run.folder / "before.safetensors"
+    if finished_steps > 0:
+        try:
+            return HeldOut(load_file(path)["values"], run.recipe.train.eval_draws)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {error}; start the run again") from error
+    before = evaluate(run)
+    if processes.rank() == 0:
+        save_file({"values": before.values_R4}, path)
+    return before
+
+
+@contextlib.contextmanager
+def averaged_weights(run: Run) -> Iterator[None]:
+    """Within this context the model holds the averaged weights."""
+    if run.average is None:
+        yield
+        return
+    run.average.swap(run.denoiser)
+    try:
+        yield
+    finally:
+        run.average.swap(run.denoiser)
+
+
+def precision(run: Run) -> torch.autocast:
+    """bfloat16 autocast if the recipe asks for it; parameters stay float32 either way."""
+    return torch.autocast(
+        run.denoiser.device.type,
+        dtype=torch.bfloat16,
+        enabled=run.recipe.train.precision == "bf16",
+    )
+
+
+def save(run: Run, step: int) -> None:
+    """A checkpoint after `step` finished steps."""
+    if processes.rank() == 0:
+        keep = run.recipe.train.keep_checkpoints
+        folder = run.folder / "checkpoints"
+        parts = (run.denoiser, run.optimizer, run.average)
+        save_state(folder, step, *parts, data=run.data_identity, keep=keep)
+    processes.barrier()
+
+
+def finish(run: Run, outcome: Outcome) -> list[str]:
+    """Write final/, the loss curve and the record; returns lines that say where they are."""
+    lines = []
+    if processes.rank() == 0:
+        settings = to_tree(run.recipe)
+        run.denoiser.lineage += (
+            {"step": "train", "recipe": settings, "steps": outcome.steps, "commit": commit()},
+        )
+        with averaged_weights(run):
+            save_denoiser(run.denoiser, run.folder / "final")
+        record = make_record(
+            "train",
+            results_of(outcome),
+            settings=settings,
+            seed=run.recipe.train.seed,
+            checkpoint=weights_hash(run.folder / "final"),
+        )
+        append_record(run.folder / "record.jsonl", record)
+        image = run.folder / "loss.png"
+        drawn = plot_loss(run.folder / "metrics.jsonl", image)
+        lines.append(f"loss curve: {image}" if drawn else "no loss curve: install mdm-code[plots]")
+        lines.append(f"finished model: {run.folder / 'final'}")
+    processes.barrier()
+    return lines
+
+
+def results_of(outcome: Outcome) -> dict[str, Any]:
+    """The numbers of a record: before, after, their paired difference, totals."""
+    fall, fall_std_err = outcome.before.improvement(outcome.after)
+    return {
+        "before": outcome.before.summary(),
+        "after": outcome.after.summary(),
+        "improvement": fall,
+        "improvement_std_err": fall_std_err,
+        "steps": outcome.steps,
+        "tokens": outcome.tokens,
+        "seconds": outcome.seconds,
+        "peak_rss_bytes": peak_rss_bytes(),
+    }

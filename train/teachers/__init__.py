@@ -1,0 +1,1 @@
+"""AR teachers: one file a kind of soft target."""

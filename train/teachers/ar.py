@@ -1,0 +1,77 @@
+"""A frozen autoregressive teacher and its causal pass over clean, possibly packed, rows.
+
+The mask token is never shown to the teacher: it has never seen one. Shapes: B batch, L length,
+V teacher vocabulary, N positions asked for, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mdm.checkpoint import load_ar
+from mdm.denoiser import attention_layout, has_plain_head, probe_attention
+from mdm.vocab import Vocab, read_vocab, require_same_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclasses.dataclass(frozen=True)
+class ARTeacher:
+    """A causal language model whose first `num_tokens` ids mean the same to the student."""
+
+    model: PreTrainedModel
+    num_tokens: int
+    plain_head: bool
+
+    @property
+    def max_length(self) -> int:
+        """Longest row the model was built for, in tokens."""
+        return int(self.model.config.get_text_config().max_position_embeddings)
+
+    def rows(
+        self,
+        x0_BL: torch.Tensor,
+        wanted_BL: torch.Tensor,
+        document_ids_BL: torch.Tensor,
+        cache: Any = None,
+    ) -> torch.Tensor:
+        """(N, D) head inputs that predict the wanted positions from their left; fills `cache`.
+
+        Position i is predicted by output i - 1, so position 0 cannot be asked for.
+        """
+        assert not bool(wanted_BL[:, 0].any()), "nothing stands to the left of position 0"
+        layout = attention_layout(document_ids_BL, x0_BL, self.model.dtype, causal=True)
+        return self.call(x0_BL, wanted_BL.roll(-1, dims=1), cache, **layout)
+
+    def call(
+        self, x_BL: torch.Tensor, outputs_BL: torch.Tensor, cache: Any, **layout: torch.Tensor
+    ) -> torch.Tensor:
+        """(N, D) head inputs at the marked outputs of one forward pass."""
+        options = {"use_cache": cache is not None, "past_key_values": cache, **layout}
+        if self.plain_head:
+            return self.model.base_model(x_BL, **options)[0][outputs_BL]
+        return self.model(x_BL, logits_to_keep=outputs_BL, **options).logits
+
+    def head(self, rows_ND: torch.Tensor) -> torch.Tensor:
+        """(N, num_tokens) float32 logits; rows of the head that are no token are cut off."""
+        logits_NV = self.model.get_output_embeddings()(rows_ND) if self.plain_head else rows_ND
+        return logits_NV[:, : self.num_tokens].float()
+
+
+def load_teacher(source: str, student: Vocab, *, dtype: torch.dtype) -> ARTeacher:
+    """A frozen teacher for a student with this vocabulary.
+
+    Raises VocabError if the tokenizers differ, CheckpointError if the model is missing or not causal.
+    """
+    model, tokenizer = load_ar(source, dtype=dtype)
+    probe_attention(model, causal=True)
+    num_tokens = require_same_tokens(read_vocab(tokenizer, end_token=_end_token(student)), student)
+    return ARTeacher(model.requires_grad_(False), num_tokens, has_plain_head(model))
+
+
+def _end_token(student: Vocab) -> str:
+    return student.token(student.eos_id)

@@ -1,0 +1,222 @@
+"""The training loop. Works alone or under `torchrun`.
+
+Everything random is a function of (seed, step, sample), so micro-batches, processes and interruptions
+change nothing but the order of floating-point sums; resuming on one process is exact to the bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mdm.errors import TrainingError
+
+from . import processes
+from .objective import MaskedBatch, kd_weight, loss_sums, mask_batch, soft_targets
+from .optimizer import lr_factor
+from .progress import Progress
+from .recipe import Recipe
+from .rows import sample_indices
+from .run import Outcome, Run, evaluate, evaluate_before, finish, precision, save, start
+from .state import load_state, saved_steps
+
+
+def train(recipe: Recipe, folder: Path) -> Outcome:
+    """Train in `folder`, from its newest checkpoint if it has one; writes final/ at the end.
+
+    SIGINT and SIGTERM end the run after the current step, with a checkpoint. Raises TrainingError
+    then, and if the loss is not finite.
+    """
+    run = start(recipe, folder)
+    settings = recipe.train
+    saved = saved_steps(folder / "checkpoints")
+    step = 0
+    if saved:
+        parts = (run.denoiser, run.optimizer, run.average)
+        step = load_state(saved[-1], *parts, data=run.data_identity)
+    progress = Progress(
+        folder,
+        steps=settings.steps,
+        first=step,
+        active=processes.rank() == 0,
+        board=settings.tensorboard,
+    )
+    before = evaluate_before(run, step)
+    progress.evaluation(0, before.summary())
+    began, tokens = time.monotonic(), 0
+    run.denoiser.train()
+    with stop_signals() as signals:
+        while step < settings.steps:
+            metrics = train_step(run, step)
+            step += 1
+            tokens += int(metrics["tokens"])
+            progress.step(step, metrics)
+            if step == settings.steps:
+                break
+            if due(settings.eval_every, step):
+                progress.evaluation(step, evaluate(run).summary())
+            interrupted = agreed(bool(signals))
+            late = agreed(0 < settings.max_minutes * 60 < time.monotonic() - began)
+            if interrupted or late or due(settings.checkpoint_every, step):
+                save(run, step)
+            if interrupted:
+                raise TrainingError(
+                    f"stopped by a signal after step {step}; continue with"
+                    f" `mdm train --resume {folder}`"
+                )
+            if late:
+                progress.say(f"train.max_minutes reached after {step} of {settings.steps} steps")
+                break
+    seconds = time.monotonic() - began
+    after = evaluate(run)
+    progress.evaluation(step, after.summary())
+    outcome = Outcome(folder, before, after, step, tokens, seconds)
+    for line in finish(run, outcome):
+        progress.say(line)
+    progress.close()
+    return outcome
+
+
+def train_step(run: Run, step: int) -> dict[str, float]:
+    """One optimizer step (0-based). Returns loss, ce, kd, kd_weight, norm, learning rate, tokens."""
+    settings = run.recipe.train
+    device = run.denoiser.device
+    batches = micro_batches(run, step)
+    own_2 = torch.tensor([[b.denominator, float(b.num_tokens)] for b in batches]).double().sum(0)
+    denominator, tokens = processes.total(own_2.to(device)).tolist()
+    denominator = max(denominator, 1.0)
+    share = kd_weight(run.recipe.objective, step) if run.teacher else 0.0
+    mix_2 = torch.tensor([1 - share, share], device=device)
+    sums_2 = torch.zeros(2, device=device)
+    for index, batch in enumerate(batches):
+        with synchronising(run.module, last=index == len(batches) - 1):
+            with precision(run):
+                terms_2 = step_terms(run, batch.to(device), share)
+            # DDP averages gradients over processes; the objective is a sum over them.
+            loss = (mix_2 * terms_2).sum() * (processes.world_size() / denominator)
+            loss.backward()
+        sums_2 += terms_2.detach()
+    ce, kd = (processes.total(sums_2) / denominator).tolist()
+    norm = float(nn.utils.clip_grad_norm_(run.denoiser.parameters(), settings.clip or math.inf))
+    if not math.isfinite(ce + kd + norm):
+        diverged(run, step, f"ce {ce:g}, kd {kd:g}, gradient norm {norm:g}")
+    rate = settings.learning_rate * lr_factor(
+        settings.lr_schedule,
+        step,
+        steps=settings.steps,
+        warmup_steps=settings.warmup_steps,
+        decay_fraction=settings.decay_fraction,
+        floor=settings.lr_floor,
+    )
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    if run.average is not None:
+        run.average.update(run.denoiser, step)
+    return {
+        "loss": (1 - share) * ce + share * kd,
+        "ce": ce,
+        "kd": kd,
+        "kd_weight": share,
+        "gradient_norm": norm,
+        "learning_rate": rate,
+        "tokens": tokens,
+    }
+
+
+def step_terms(run: Run, batch: MaskedBatch, share: float) -> torch.Tensor:
+    """(2,) Σ w CE and Σ w T² KL of one micro-batch on the device."""
+    objective, targets = run.recipe.objective, None
+    if run.teacher is not None and share > 0:
+        temperature = objective.kd_temperature
+        targets = soft_targets(run.teacher, batch, run.recipe.target, temperature)
+    return loss_sums(run.module, batch, targets, objective)
+
+
+def step_rows(run: Run, step: int) -> list[int]:
+    """The training rows of a step, over all processes."""
+    count = run.recipe.train.batch_rows
+    rows = sample_indices(len(run.data.train), run.recipe.train.seed, step * count, count)
+    return [int(row) for row in rows]
+
+
+def micro_batches(run: Run, step: int) -> list[MaskedBatch]:
+    """This process's share of the rows of a step, masked, in micro-batches."""
+    settings, rows = run.recipe.train, step_rows(run, step)
+    mine = range(processes.rank(), settings.batch_rows, processes.world_size())
+    batches = []
+    for first in range(0, len(mine), settings.micro_rows):
+        samples = list(mine[first : first + settings.micro_rows])
+        data = run.data.train.batch([rows[sample] for sample in samples])
+        batches.append(
+            mask_batch(
+                run.recipe.objective,
+                *data,
+                mask_id=run.denoiser.mask_id,
+                seed=settings.seed,
+                step=step,
+                samples=samples,
+                samples_per_step=settings.batch_rows,
+            )
+        )
+    return batches
+
+
+def diverged(run: Run, step: int, numbers: str) -> NoReturn:
+    """Keep the weights from before this step and raise a TrainingError that names its rows."""
+    save(run, step)
+    rows = ", ".join(map(str, step_rows(run, step)[:16]))
+    raise TrainingError(
+        f"not finite at step {step + 1} ({numbers}); training rows of that step in"
+        f" {run.folder / 'data'}: {rows}. The weights before it are kept in"
+        f" {run.folder / 'checkpoints' / f'step-{step:06d}'}; lower train.learning_rate, or set"
+        " train.precision=fp32, in a new run"
+    )
+
+
+def due(every: int, step: int) -> bool:
+    """Is something due after `step` steps that happens every `every` steps (0 = never)?"""
+    return every > 0 and step % every == 0
+
+
+def agreed(flag: bool) -> bool:
+    """True on all processes if it is true on any, so that all stop at the same step."""
+    if processes.world_size() == 1:
+        return flag
+    return bool(processes.total(torch.tensor(float(flag), device=processes.device())))
+
+
+def synchronising(module: nn.Module, *, last: bool) -> contextlib.AbstractContextManager[None]:
+    """Exchange gradients between processes only in the last micro-batch of a step."""
+    if isinstance(module, DistributedDataParallel) and not last:
+        return module.no_sync()  # type: ignore[no-any-return]
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM instead of dying; a second one of the kind acts as usual."""
+    received: list[int] = []
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, _frame: object) -> None:
+        received.append(number)
+        signal.signal(number, usual[number])
+
+    try:
+        for number in usual:
+            signal.signal(number, note)
+        yield received
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
