@@ -114,9 +114,12 @@ class Denoiser(nn.Module):
         return self.model(xt_BL, use_cache=False, logits_to_keep=wanted_BL, **layout).logits
 
     def head(self, rows_ND: torch.Tensor) -> torch.Tensor:
-        """(N, V) float32 logits from the inputs of the head."""
-        logits_NV = self.model.get_output_embeddings()(rows_ND) if self.plain_head else rows_ND
-        return logits_NV.float().index_fill(-1, self.never_sampled, float("-inf"))
+        """(N, V) float32 logits from the inputs of the head; -inf where no token can be sampled."""
+        return self.raw_head(rows_ND).float().index_fill(-1, self.never_sampled, float("-inf"))
+
+    def raw_head(self, rows_ND: torch.Tensor) -> torch.Tensor:
+        """(N, V) logits as the model gives them, the mask token's included."""
+        return self.model.get_output_embeddings()(rows_ND) if self.plain_head else rows_ND  # type: ignore[no-any-return]
 
 
 def attention_layout(

@@ -1,7 +1,7 @@
 """Files of source code: which files of a folder to read, and their text.
 
-Hidden, binary, generated, over-large and non-UTF-8 files are left out and counted by reason. Files come
-in an order shuffled by a hash of their path: always the same, and a part of them is representative.
+Hidden, binary, generated, over-large and non-UTF-8 files are left out and counted by reason. Files
+come in an order shuffled by a hash of their path: always the same, and a part is representative.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NOT_LIBRARY = _NOT_SOURCE | {"site-packages", "dist-packages", "test", "tests",
 
 # Written by a program: says so in its first lines, or has lines no person would write.
 _GENERATED = re.compile(
-    r"@generated|auto-?generated|automatically generated|\bgenerated (?:from|by|with)\b|do not edit",
+    r"@generated|auto-?generated|automatically generated|\bgenerated (from|by|with)\b|do not edit",
     re.IGNORECASE,
 )
 _HEAD_LINES = 5
@@ -122,7 +122,7 @@ def _names_below(
         subfolders[:] = [n for n in subfolders if n not in not_below and not n.startswith(".")]
         for file in files:
             path = Path(folder, file)
-            if file.startswith(".") or not path.is_file():
+            if file.startswith(".") or not os.path.isfile(path):  # a broken link, a pipe
                 continue
             if file.endswith(extensions):
                 names.append(path.relative_to(root).as_posix())

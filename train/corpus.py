@@ -165,7 +165,7 @@ class HubRows:
             ) from error
         try:
             yield from load_dataset(self.name, split=self.split, streaming=True)
-        except Exception as error:  # noqa: BLE001 - the hub client raises errors of many libraries
+        except Exception as error:  # the hub client raises errors of many libraries
             reason = " ".join(str(error).split())[:300]
             raise DataError(
                 f"cannot read {HUB}{self.name}:{self.split} ({type(error).__name__}: {reason});"

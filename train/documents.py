@@ -1,4 +1,4 @@
-"""A document: a piece of text to learn from, and where it was found. Also what was left out, and why.
+"""A document: text to learn from, and where it was found. Also what was left out, and why.
 
 Knows nothing of files, tokens or rows.
 """
@@ -23,8 +23,8 @@ _EXAMPLES = 3
 class Document:
     """Text to learn, and the name of the file or row it came from.
 
-    `prompt` is None for plain text. A prompt (text, or chat messages before the assistant's turn) is
-    read but never learnt; then `text` is the response to it.
+    `prompt` is None for plain text. A prompt (text, or chat messages before the assistant's turn)
+    is read but never learnt; then `text` is the response to it.
     """
 
     text: str
@@ -32,7 +32,7 @@ class Document:
     prompt: str | tuple[Message, ...] | None = None
 
     def hash(self, seed: int) -> int:
-        """A 64-bit hash of the content; trailing white space and the kind of line ending are ignored."""
+        """A 64-bit hash of the content; blind to trailing white space and kinds of line ending."""
         prompt = self.prompt if isinstance(self.prompt, str | None) else json.dumps(self.prompt)
         lines = (line.rstrip() for line in self.text.rstrip().split("\n"))
         content = "\n".join(lines) if prompt is None else "\0".join((prompt, *lines))
@@ -66,8 +66,8 @@ class Skips:
 def document_of_row(row: object, origin: str, column: str | None = None) -> Document:
     """The document in a row of a data file; what the row holds decides what it is.
 
-    `column` takes plain text from that key. Otherwise `messages` is a chat whose last assistant turn is
-    the response, `prompt` with `response` is a pair, and `text` is plain text; the first found counts.
+    `column` takes plain text from that key. Otherwise the first found of: `messages`, a chat whose
+    last assistant turn is the response; `prompt` with `response`; `text`, plain text.
     Raises DataError naming `origin` if the row is none of these.
     """
     if not isinstance(row, Mapping):
@@ -81,8 +81,8 @@ def document_of_row(row: object, origin: str, column: str | None = None) -> Docu
     if "text" in row:
         return Document(_text(row, "text", origin), origin)
     raise DataError(
-        f"{origin}: the row has the keys {', '.join(map(str, row)) or '(none)'}; expected `text`, or"
-        " `prompt` and `response`, or `messages`"
+        f"{origin}: the row has the keys {', '.join(map(str, row)) or '(none)'}; expected `text`,"
+        " or `prompt` and `response`, or `messages`"
     )
 
 

@@ -1,8 +1,8 @@
 """From the tokens of documents to rows of one length.
 
 A row holds one or more segments. A segment is a whole document or a piece of a long one, opens with
-the start token, and never continues in the next row. Plain text may be cut anywhere into pieces of at
-least `min_tokens`, so that rows are full; a prompt with its response has a row to itself.
+the start token, and never continues in the next row. Plain text may be cut anywhere into pieces of
+at least `min_tokens`, so that rows are full; a prompt with its response has a row to itself.
 Shapes: L length of a row.
 """
 
@@ -42,8 +42,8 @@ class Packer:
     length       tokens in a row, more than twice `min_tokens`
     min_tokens   shortest piece of plain text, its eos included
     packing      several segments in a row; False: one, then padding
-    eos_padding  targets after a response: "none", "block" (eos until the response fills a multiple of
-                 `eos_block` tokens) or "row" (eos to the end of the row, LLaDA arXiv 2502.09992)
+    eos_padding  targets after a response: "none", "block" (eos until the response fills a multiple
+                 of `eos_block` tokens) or "row" (eos to the end, LLaDA arXiv 2502.09992)
     """
 
     length: int

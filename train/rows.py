@@ -1,6 +1,6 @@
 """Rows on disk: memory-mapped arrays, the batches read from them, and the order of reading.
 
-A folder of rows holds tokens.npy, document_ids.npy and maskable.npy, each (N, L). Nothing is pickled.
+A folder holds tokens.npy, document_ids.npy and maskable.npy, each (N, L). Nothing is pickled.
 Shapes: N rows, B batch, L length.
 """
 
@@ -33,14 +33,15 @@ class RowBatch(NamedTuple):
 
 
 class RowWriter:
-    """Appends rows to a new folder, holding at most a block of them in memory."""
+    """Writes rows to a folder, holding at most a block of them in memory."""
 
     def __init__(self, folder: Path, length: int) -> None:
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         self.num_rows = 0
         self._length = length
         self._pending: list[Row] = []
-        self._files = [open(folder / f"{name}.npy", "wb") for name in _ARRAYS]
+        # Open until close(), hence no `with`.
+        self._files = [open(folder / f"{name}.npy", "wb") for name in _ARRAYS]  # noqa: SIM115
         self._write_headers()
 
     def append(self, row: Row) -> None:
@@ -128,7 +129,9 @@ def _mapped(path: Path, kind: str) -> npt.NDArray[Any]:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise DataError(f"cannot read the rows in {path}: {error}; prepare the data again") from error
+        raise DataError(
+            f"cannot read the rows in {path}: {error}; prepare the data again"
+        ) from error
     if array.ndim != 2 or array.dtype != np.dtype(kind):
         raise DataError(f"{path} holds {array.ndim}-D {array.dtype}; expected 2-D {kind}")
     return array  # type: ignore[no-any-return]

@@ -1,0 +1,182 @@
+"""`mdm convert` and `mdm generate`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+MODEL_HELP = "Model folder.  [default: the last finished run in runs/]"
+
+
+@click.command()
+@click.argument("source")
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--layers", type=int, help="Layers kept, evenly spread.  [default: all]")
+@click.option("--width", default=1.0, show_default=True, help="Fraction of channels and heads kept.")
+@click.option("--random", is_flag=True, help="Random weights of this shape, not the checkpoint's.")
+@click.option("--no-shift", is_flag=True, help="Predict position i from output i, not i-1.")
+@click.option("--mask-token", help="Special token to reuse as mask.  [default: a new one]")
+@click.option("--start-token", help="Token that opens a document.  [default: bos, or eos]")
+@click.option("--end-token", help="Token that closes a document.  [default: eos]")
+@click.option("--seed", default=0, show_default=True, help="Of --random weights.")
+@click.option("--trust-remote-code", is_flag=True, help="Run model code that comes with SOURCE.")
+def convert(
+    source: str,
+    output: Path,
+    layers: int | None,
+    width: float,
+    random: bool,
+    no_shift: bool,
+    mask_token: str | None,
+    start_token: str | None,
+    end_token: str | None,
+    seed: int,
+    trust_remote_code: bool,
+) -> None:
+    """Make an initial student from the autoregressive model SOURCE.
+
+    SOURCE is a model folder, a .gguf file, a hub name, or "embedded". The student has bidirectional
+    attention and a mask token; it knows its AR ancestor's weights, but not yet how to fill masks.
+
+    \b
+    mdm convert embedded --output students/full
+    mdm convert path/to/model --layers 12 --output students/half
+    """
+    from .checkpoint import save_denoiser
+    from .convert import StudentSettings
+    from .convert import convert as run_conversion
+
+    settings = StudentSettings(
+        init=source,
+        layers=layers,
+        width=width,
+        random=random,
+        shift=not no_shift,
+        mask_token=mask_token,
+        start_token=start_token,
+        end_token=end_token,
+        seed=seed,
+    )
+    student = run_conversion(settings, remote_code=trust_remote_code)
+    save_denoiser(student, output)
+    config = student.model.config
+    millions = sum(parameter.numel() for parameter in student.parameters()) / 1e6
+    click.echo(
+        f"{output}: {millions:.1f}M parameters, {config.num_hidden_layers} layers, width"
+        f" {config.hidden_size}, mask {student.vocab.token(student.mask_id)} (id {student.mask_id}),"
+        f" shift {'on' if student.shift else 'off'}"
+    )
+
+
+@click.command()
+@click.argument("prompt", required=False)
+@click.option("--prefix", help="Text before the hole.")
+@click.option("--suffix", help="Text after the hole.")
+@click.option("--span", type=int, help="Tokens in the hole between --prefix and --suffix.")
+@click.option("--chat", is_flag=True, help="Put PROMPT into the chat template.")
+@click.option("--model", type=click.Path(path_type=Path), help=MODEL_HELP)
+@click.option("--gen-length", default=64, show_default=True, help="New tokens after PROMPT.")
+@click.option("--steps", type=int, help="Denoising steps in total.  [default: one per token]")
+@click.option("--block-length", type=int, help="Tokens decoded together.  [default: all]")
+@click.option("--temperature", default=0.0, show_default=True, help="Of proposals; 0 = greedy.")
+@click.option("--remasking", default="low_confidence", show_default=True,
+              help="low_confidence, random, margin or entropy.")  # fmt: skip
+@click.option("--cfg-scale", default=0.0, show_default=True, help="Guidance strength; 0 = off.")
+@click.option("--suppress-eos", is_flag=True, help="Never propose the end token.")
+@click.option("--eos-last", is_flag=True, help="Keep an end token only when nothing else is left.")
+@click.option("--compat", default="default", show_default=True,
+              help='"llada" reproduces the published sampler with its oddities.')  # fmt: skip
+@click.option("--num-samples", "-n", default=1, show_default=True, help="Texts to generate.")
+@click.option("--seed", default=0, show_default=True, help="Of --temperature and random remasking.")
+@click.option("--device", help="cpu, cuda, cuda:1 …  [default: the GPU if there is one]")
+@click.option("--show", is_flag=True, help="Show the denoising of the first text as it goes.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object with all details.")
+def generate(
+    prompt: str | None,
+    prefix: str | None,
+    suffix: str | None,
+    span: int | None,
+    chat: bool,
+    model: Path | None,
+    gen_length: int,
+    num_samples: int,
+    seed: int,
+    device: str | None,
+    show: bool,
+    as_json: bool,
+    **sampling: Any,
+) -> None:
+    r"""Continue PROMPT, or fill the hole between --prefix and --suffix.
+
+    \b
+    mdm generate "def fibonacci(n):" --gen-length 48 --block-length 16
+    mdm generate --prefix "def add(a, b):" --suffix "    return total" --span 8 --show
+    """
+    from . import generate as text
+    from .sampler import SamplerSettings
+
+    settings = SamplerSettings(**sampling)
+    request = text.request_of(prompt, prefix, suffix, span, gen_length, chat=chat)
+    if num_samples < 1:
+        raise click.BadParameter("must be at least 1", param_hint="--num-samples")
+    denoiser, path = open_model(model, device)
+    began = time.monotonic()
+    with watching(denoiser, show) as watch:
+        results = text.generate(
+            denoiser, [request] * num_samples, settings, seed=seed, watch=watch
+        )
+    seconds = time.monotonic() - began
+    if as_json:
+        report = {
+            "model": str(path),
+            "request": dataclasses.asdict(request),
+            "settings": dataclasses.asdict(settings),
+            "seed": seed,
+            "generations": [dataclasses.asdict(result) for result in results],
+            "seconds": seconds,
+        }
+        click.echo(json.dumps(report, ensure_ascii=False))
+        return
+    for result in results:
+        click.echo(f"{request.prefix}{result.text}{request.suffix or ''}")
+    tokens = sum(result.num_tokens for result in results)
+    forwards = sum(result.nfe for result in results)
+    click.echo(f"{tokens} tokens, {forwards} forwards, {seconds:.1f} s", err=True)
+
+
+def open_model(model: Path | None, device: str | None) -> tuple[Any, Path]:
+    """The denoiser of --model, or of the last finished run (and say so), on the device."""
+    import torch
+
+    from .checkpoint import load_denoiser
+    from .errors import ConfigError
+    from .runs import last_finished
+
+    if model is None:
+        model = last_finished()
+        click.echo(f"model: {model} (the last finished run)", err=True)
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(name)
+        denoiser = load_denoiser(model).to(place)
+    except RuntimeError as error:
+        raise ConfigError(f"cannot use --device {name!r}: {error}") from error
+    return denoiser, model
+
+
+def watching(denoiser: Any, show: bool) -> Any:
+    """The terminal view if asked for, on stderr; otherwise nothing."""
+    from contextlib import nullcontext
+
+    if not show:
+        return nullcontext()
+    from rich.console import Console
+
+    from .view import DenoisingView
+
+    return DenoisingView(denoiser.vocab, Console(stderr=True, highlight=False))

@@ -1,0 +1,318 @@
+"""The denoising loop: one for full canvas, semi-autoregressive blocks and infilling.
+
+A `Canvas` is one row on its way from masks to text. `denoise` takes canvases of any length and
+settings and yields a `DenoisingStep` per forward pass: generation drains it, a server streams it, a
+benchmark counts it. A prompt is just positions that are given, so infilling is the same loop. Each
+canvas has its own random numbers, so its tokens do not depend on its neighbours in the batch.
+Shapes: B canvases, L length, n open positions of a block, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from .config import require
+from .denoiser import Denoiser
+from .diffusion import generator
+from .errors import ConfigError, check_known
+from .grid import BlockGrid
+from .llada import published_commits
+from .remasking import REMASKING, keep_highest
+from .schedule import tokens_due
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerSettings:
+    """How masks become tokens.
+
+    steps         denoising steps for all open positions; null = one token a step
+    block_length  tokens decoded together, left to right; null = all at once (plain diffusion)
+    temperature   of proposals; 0 = greedy
+    remasking     which proposals are kept: low_confidence, random, margin or entropy
+    cfg_scale     s of guidance, logits = (1+s)·conditional - s·unconditional; 0 = off
+    suppress_eos  never propose the end token (LLaDA's logits_eos_inf)
+    eos_last      keep an end token only when nothing else is left (confidence_eos_eot_inf)
+    stop_at_eos   close a row once an end token is reached without a gap before it
+    compat        "llada" reproduces the published sampler with its oddities; default: fixed
+    """
+
+    steps: int | None = None
+    block_length: int | None = None
+    temperature: float = 0.0
+    remasking: str = "low_confidence"
+    cfg_scale: float = 0.0
+    suppress_eos: bool = False
+    eos_last: bool = False
+    stop_at_eos: bool = True
+    compat: str = "default"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "block_length"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name} must be at least 1; got {value}")
+        for name in ("temperature", "cfg_scale"):
+            value = getattr(self, name)
+            require(value >= 0, f"{name} must be >= 0 (0 = off); got {value}")
+        check_known("remasking strategy", self.remasking, REMASKING)
+        check_known("compat mode", self.compat, STEPS)
+
+
+@dataclasses.dataclass
+class Canvas:
+    """One row: tokens given and open positions, and how far its denoising has come.
+
+    ids_L           current tokens; open positions hold the mask
+    valid_L         false at padding
+    given_L         true at the prompt (and suffix): replaced by masks in the unconditional pass
+    open_L          true where a token is still to be decided
+    blocks          slices of the row, decoded in turn
+    steps_per_block denoising steps of each block
+    due             tokens to commit in each remaining step of the current block
+    decided_L       step at which a position was decided, from 0; -1 = given or open
+    nfe             denoiser forwards of this row so far; guidance counts 2
+    """
+
+    ids_L: torch.Tensor
+    valid_L: torch.Tensor
+    given_L: torch.Tensor
+    open_L: torch.Tensor
+    mask_id: int
+    settings: SamplerSettings
+    random: torch.Generator
+    blocks: list[slice]
+    steps_per_block: int
+    due: list[int] = dataclasses.field(default_factory=list)
+    decided_L: torch.Tensor = dataclasses.field(init=False)
+    step: int = 0
+    nfe: int = 0
+    ended: bool = False
+
+    def __post_init__(self) -> None:
+        self.decided_L = torch.full_like(self.ids_L, -1)
+        self.enter_block()
+
+    @property
+    def finished(self) -> bool:
+        """Nothing is left to decide."""
+        return not self.blocks
+
+    def enter_block(self) -> None:
+        """Plan the steps of the first block that needs any; without one the canvas is finished."""
+        while self.blocks and not self.due:
+            due = tokens_due(int(self.open_L[self.blocks[0]].sum()), self.steps_per_block)
+            # The published sampler runs every step; a step that commits nothing is a wasted forward.
+            self.due = due if self.settings.compat == "llada" else [k for k in due if k]
+            if not self.due:
+                self.blocks.pop(0)
+
+    def commit(self, positions_k: torch.Tensor, tokens_k: torch.Tensor) -> None:
+        """Decide these positions and go on to the next step."""
+        self.ids_L[positions_k] = tokens_k
+        # The published sampler may "decide" on the mask itself; then the position stays open.
+        self.open_L[positions_k] = tokens_k == self.mask_id
+        self.decided_L[positions_k] = self.step
+        self.step += 1
+        self.due.pop(0)
+        if not self.due:
+            self.blocks.pop(0)
+            self.enter_block()
+
+    def end(self, fill_id: int) -> None:
+        """Close the row: what is still open becomes `fill_id`."""
+        self.ids_L[self.open_L] = fill_id
+        self.open_L[:] = False
+        self.blocks, self.due, self.ended = [], [], True
+
+
+@dataclasses.dataclass(frozen=True)
+class Commit:
+    """What one step decided in one canvas (`row` numbers the canvases given to `denoise`)."""
+
+    row: int
+    positions_k: torch.Tensor
+    tokens_k: torch.Tensor
+    confidence_k: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class DenoisingStep:
+    """One forward pass and what came of it."""
+
+    step: int
+    commits: tuple[Commit, ...]
+
+
+def make_canvas(
+    denoiser: Denoiser,
+    ids: Sequence[int],
+    settings: SamplerSettings,
+    *,
+    seed: int = 0,
+    row: int = 0,
+    padding: int = 0,
+) -> Canvas:
+    """A canvas from tokens in which the mask id marks the open positions.
+
+    `padding` leading positions are ignored by attention. Raises ConfigError if the canvas is longer
+    than the context, has no token before its first mask, or steps do not divide among the blocks.
+    """
+    if len(ids) > denoiser.max_length:
+        raise ConfigError(
+            f"the canvas has {len(ids)} tokens, but the model was built for at most"
+            f" {denoiser.max_length}; shorten the prompt or gen_length"
+        )
+    ids_L = torch.tensor(list(ids), dtype=torch.long, device=denoiser.device)
+    open_L = ids_L == denoiser.mask_id
+    where = open_L.nonzero()[:, 0].tolist()
+    if where and where[0] == 0 and denoiser.shift:
+        raise ConfigError("a canvas must begin with a token: this model predicts from the left neighbour")
+    start, end = (where[0], where[-1] + 1) if where else (0, 0)
+    grid = BlockGrid(start, end, settings.block_length or max(1, end - start))
+    blocks = [grid.block(i) for i in range(grid.num_blocks)]
+    blocks = [block for block in blocks if bool(open_L[block].any())]
+    steps = len(where) if settings.steps is None else settings.steps
+    if settings.steps is not None and blocks and steps % len(blocks):
+        raise ConfigError(
+            f"steps is {steps}, but there are {len(blocks)} blocks of {grid.block_length} tokens;"
+            f" make steps a multiple of {len(blocks)}, it is the total over all blocks"
+        )
+    per_block = steps // max(1, len(blocks)) if settings.steps else grid.block_length
+    valid_L = torch.ones_like(open_L)
+    valid_L[:padding] = False
+    return Canvas(
+        ids_L=ids_L,
+        valid_L=valid_L,
+        given_L=~open_L,
+        open_L=open_L,
+        mask_id=denoiser.mask_id,
+        settings=settings,
+        random=generator("sample", seed, row),
+        blocks=blocks,
+        steps_per_block=per_block,
+    )
+
+
+def denoise(denoiser: Denoiser, canvases: Sequence[Canvas]) -> Iterator[DenoisingStep]:
+    """Denoise all canvases to the end, in place; yields after every forward pass."""
+    modes = {canvas.settings.compat for canvas in canvases}
+    if len(modes) > 1:
+        raise ConfigError("canvases of one batch must have the same compat mode")
+    step = 0
+    while any(not canvas.finished for canvas in canvases):
+        active = {row: canvas for row, canvas in enumerate(canvases) if not canvas.finished}
+        yield DenoisingStep(step, STEPS[canvases[0].settings.compat](denoiser, active))
+        step += 1
+
+
+@torch.no_grad()
+def denoise_step(denoiser: Denoiser, canvases: dict[int, Canvas]) -> tuple[Commit, ...]:
+    """One forward pass for the current block of every canvas; commits tokens in place."""
+    logits = block_logits(denoiser, list(canvases.values()))
+    commits = []
+    for (row, canvas), logits_nV in zip(canvases.items(), logits, strict=True):
+        block = canvas.blocks[0]
+        open_n = canvas.open_L[block].nonzero()[:, 0] + block.start
+        proposals_n, confidence_n = propose(logits_nV, canvas, denoiser.vocab.eos_id)
+        kept_k = keep_highest(confidence_n, canvas.due[0])
+        commit = Commit(row, open_n[kept_k], proposals_n[kept_k], confidence_n[kept_k])
+        canvas.commit(commit.positions_k, commit.tokens_k)
+        if canvas.settings.stop_at_eos and reached_end(canvas, denoiser.vocab.eos_id):
+            canvas.end(denoiser.vocab.eos_id)
+        commits.append(commit)
+    return tuple(commits)
+
+
+def block_logits(denoiser: Denoiser, canvases: Sequence[Canvas]) -> list[torch.Tensor]:
+    """(n, V) logits of the open positions of each canvas' current block, guided where asked.
+
+    One forward for all: canvases are padded to the longest, guided ones appear a second time with
+    their given tokens masked.
+    """
+    guided = [canvas for canvas in canvases if canvas.settings.cfg_scale > 0]
+    rows = [canvas.ids_L for canvas in canvases] + [
+        canvas.ids_L.masked_fill(canvas.given_L & canvas.valid_L, denoiser.mask_id)
+        for canvas in guided
+    ]
+    sources = [*canvases, *guided]
+    length = max(len(ids_L) for ids_L in rows)
+    xt_BL = torch.full((len(rows), length), denoiser.vocab.pad_id, device=denoiser.device)
+    document_ids_BL = torch.full_like(xt_BL, -1)
+    wanted_BL = torch.zeros_like(xt_BL, dtype=torch.bool)
+    for i, (ids_L, canvas) in enumerate(zip(rows, sources, strict=True)):
+        xt_BL[i, : len(ids_L)] = ids_L
+        document_ids_BL[i, : len(ids_L)][canvas.valid_L] = 0
+        block = canvas.blocks[0]
+        wanted_BL[i, block] = canvas.open_L[block]
+    logits_NV = denoiser(xt_BL, wanted_BL, document_ids_BL=document_ids_BL)
+    parts = list(logits_NV.split(wanted_BL.sum(1).tolist()))
+    unconditional = dict(zip(map(id, guided), parts[len(canvases) :], strict=True))
+    for i, canvas in enumerate(canvases):
+        canvas.nfe += 1
+        if id(canvas) in unconditional:
+            canvas.nfe += 1
+            parts[i] = guide(parts[i], unconditional[id(canvas)], canvas.settings.cfg_scale)
+    return parts[: len(canvases)]
+
+
+def guide(
+    conditional_nV: torch.Tensor, unconditional_nV: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Classifier-free guidance (1+s)·conditional - s·unconditional; -inf stays -inf."""
+    guided_nV = unconditional_nV + (scale + 1) * (conditional_nV - unconditional_nV)
+    return guided_nV.masked_fill(conditional_nV == float("-inf"), float("-inf"))
+
+
+def propose(
+    logits_nV: torch.Tensor, canvas: Canvas, eos_id: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A token for each open position and the confidence that decides whether it is kept."""
+    settings = canvas.settings
+    if settings.suppress_eos:
+        logits_nV = logits_nV.index_fill(
+            -1, torch.tensor([eos_id], device=logits_nV.device), float("-inf")
+        )
+    if settings.temperature > 0:
+        noise_nV = torch.rand(logits_nV.shape, dtype=torch.float64, generator=canvas.random)
+        proposals_n = gumbel_argmax(logits_nV, noise_nV, settings.temperature)
+    else:
+        proposals_n = logits_nV.argmax(-1)
+    log_probs_nV = logits_nV.log_softmax(-1)
+    confidence_n = REMASKING[settings.remasking](log_probs_nV, proposals_n, canvas.random)
+    if settings.eos_last:
+        confidence_n = confidence_n.masked_fill(proposals_n == eos_id, float("-inf"))
+    return proposals_n, confidence_n
+
+
+def gumbel_argmax(
+    logits_nV: torch.Tensor, uniforms_nV: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """A sample of softmax(logits / temperature): argmax of logits + T · Gumbel noise.
+
+    In float64: 32-bit noise cuts the tail and acts as a lower temperature (arXiv 2409.02908).
+    """
+    noise_nV = -(-uniforms_nV.to(logits_nV.device).log()).log()
+    return (logits_nV.double() + temperature * noise_nV).argmax(-1)
+
+
+def reached_end(canvas: Canvas, eos_id: int) -> bool:
+    """Is there a decided end token with no open position before it?"""
+    open_positions = canvas.open_L.nonzero()
+    first_open = int(open_positions[0]) if len(open_positions) else len(canvas.ids_L)
+    decided_L = canvas.decided_L[:first_open] >= 0
+    return bool((decided_L & (canvas.ids_L[:first_open] == eos_id)).any())
+
+
+@torch.no_grad()
+def published_step(denoiser: Denoiser, canvases: dict[int, Canvas]) -> tuple[Commit, ...]:
+    """One step of the published LLaDA sampler; commits tokens in place."""
+    commits = tuple(Commit(*parts) for parts in published_commits(denoiser, canvases))
+    for commit in commits:
+        canvases[commit.row].commit(commit.positions_k, commit.tokens_k)
+    return commits
+
+
+Step = Callable[[Denoiser, dict[int, Canvas]], tuple[Commit, ...]]
+STEPS: dict[str, Step] = {"default": denoise_step, "llada": published_step}

@@ -1,0 +1,488 @@
+"""Slow, obviously correct references: what the fast code in `mdm` is compared with.
+
+Everything here follows a definition word by word: sums over all sequences, losses over full
+distributions, samplers without cache, early exit or clamping. Nothing is imported from `mdm`, and
+no speed is asked for: keep vocabularies at 3-5 words and lengths at 6.
+
+Conventions
+* regions are half open, `[start, end)`; the notes' last index E is `end - 1`;
+* `next_log_probs(prefix: list[int]) -> (V,)` is an autoregressive teacher (`tiny.next_log_probs`,
+  `tiny.table_ar`); it is never given the mask token;
+* p is the teacher's distribution, q the student's; log-probabilities are nats in float64.
+
+Sources: LLaDA arXiv 2502.09992; GKD arXiv 2306.13649; the rest is elementary probability.
+Shape letters: B batch, L length, V vocabulary, S denoising steps per block, N sequences.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+NextLogProbs = Callable[[list[int]], Tensor]
+ModelFn = Callable[[Tensor, Tensor | None], Tensor]
+Uniforms = Callable[[tuple[int, ...], torch.dtype], Tensor]
+NEG_INF = float("-inf")
+
+
+# --- 1. the published LLaDA sampler, odd behaviour included --------------------------------------
+
+
+def llada_transfer_tokens(num_masks_B: Tensor, steps: int) -> Tensor:
+    """(B,) masks -> (B, steps) int64 commits: n // steps each, the first n % steps one more."""
+    rows = [
+        [int(n) // steps + (1 if step < int(n) % steps else 0) for step in range(steps)]
+        for n in num_masks_B
+    ]
+    return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), steps)
+
+
+def default_uniforms(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """U[0, 1) from the global generator, as the published sampler draws it."""
+    return torch.rand(shape, dtype=dtype)
+
+
+def llada_noisy_logits(logits_BLV: Tensor, temperature: float, uniforms: Uniforms) -> Tensor:
+    """exp(logits) / (-log u)^T in float64: its argmax samples softmax(logits / T).
+
+    At T = 0 the *same object* comes back; trap T3 depends on that aliasing.
+    """
+    if temperature == 0:
+        return logits_BLV
+    u_BLV = uniforms(tuple(logits_BLV.shape), torch.float64)
+    return logits_BLV.to(torch.float64).exp() / (-u_BLV.log()) ** temperature
+
+
+def llada_confidence(logits_BLV: Tensor, proposals_BL: Tensor) -> Tensor:
+    """Softmax probability of each proposal, in the dtype of the logits (trap T2)."""
+    return logits_BLV.softmax(dim=-1).gather(-1, proposals_BL[..., None])[..., 0]
+
+
+def llada_logits(
+    model_fn: ModelFn,
+    x_BL: Tensor,
+    prompt_BL: Tensor,
+    attention_mask_BL: Tensor | None,
+    cfg_scale: float,
+    mask_id: int,
+) -> Tensor:
+    """One forward; with guidance un + (s + 1)(cond - un), prompt masked in the second half.
+
+    `prompt_BL` marks the positions that were not masks at the very start. A scale <= 0 means none.
+    """
+    if cfg_scale <= 0:
+        return model_fn(x_BL, attention_mask_BL)
+    without_prompt_BL = x_BL.clone()
+    without_prompt_BL[prompt_BL] = mask_id
+    if attention_mask_BL is not None:  # T1: the published code crashes on None, we pass it on
+        attention_mask_BL = torch.cat([attention_mask_BL, attention_mask_BL])
+    both = model_fn(torch.cat([x_BL, without_prompt_BL]), attention_mask_BL)
+    conditional_BLV, unconditional_BLV = both.chunk(2)
+    return unconditional_BLV + (cfg_scale + 1) * (conditional_BLV - unconditional_BLV)
+
+
+def llada_generate(
+    model_fn: ModelFn,
+    prompt_BL: Tensor,
+    *,
+    attention_mask_BL: Tensor | None = None,
+    steps: int,
+    gen_length: int,
+    block_length: int,
+    temperature: float = 0.0,
+    cfg_scale: float = 0.0,
+    remasking: str = "low_confidence",
+    mask_id: int,
+    eos_id: int,
+    eot_id: int,
+    logits_eos_inf: bool = False,
+    confidence_eos_eot_inf: bool = False,
+    uniforms: Uniforms | None = None,
+) -> Tensor:
+    """The final canvas (B, prompt + gen_length) of the published LLaDA sampler.
+
+    Kept on purpose: confidence in the logits' dtype (T2), aliasing of the two EOS/EoT
+    assignments (T3), the mask may be proposed (T4), prompt masks compete for the budget of a
+    block (T5), top-k over the whole row (T6), always S forwards (T7), the model's output is
+    edited in place (T10). Not kept: the crash T1. Noise is drawn through
+    `uniforms(shape, dtype)`: per step (B, L, V) float64 if T > 0, then (B, L) float32 if
+    remasking is "random".
+    """
+    uniforms = uniforms or default_uniforms
+    num_rows, prompt_length = prompt_BL.shape
+    assert gen_length % block_length == 0
+    num_blocks = gen_length // block_length
+    assert steps % num_blocks == 0
+    steps_per_block = steps // num_blocks
+
+    x_BL = torch.full((num_rows, prompt_length + gen_length), mask_id, dtype=torch.int64)
+    x_BL[:, :prompt_length] = prompt_BL
+    if attention_mask_BL is not None:
+        ones_BL = torch.ones((num_rows, gen_length), dtype=attention_mask_BL.dtype)
+        attention_mask_BL = torch.cat([attention_mask_BL, ones_BL], dim=1)
+    given_BL = x_BL != mask_id  # once: a mask id in the prompt is not "prompt"
+
+    for block in range(num_blocks):
+        start = prompt_length + block * block_length
+        end = start + block_length
+        num_masks_B = (x_BL[:, start:end] == mask_id).sum(dim=1)
+        budget_BS = llada_transfer_tokens(num_masks_B, steps_per_block)
+        for step in range(steps_per_block):
+            masked_BL = x_BL == mask_id
+            logits_BLV = llada_logits(
+                model_fn, x_BL, given_BL, attention_mask_BL, cfg_scale, mask_id
+            )
+            if logits_eos_inf:
+                logits_BLV[..., eos_id] = NEG_INF
+            noisy_BLV = llada_noisy_logits(logits_BLV, temperature, uniforms)
+            proposals_BL = noisy_BLV.argmax(dim=-1)
+            if confidence_eos_eot_inf:
+                # T3: one tensor at T = 0; at T > 0 EOS is removed where nobody looks any more.
+                noisy_BLV[..., eos_id] = NEG_INF
+                logits_BLV[..., eot_id] = NEG_INF
+            if remasking == "low_confidence":
+                confidence_BL = llada_confidence(logits_BLV, proposals_BL)
+            elif remasking == "random":
+                confidence_BL = uniforms(tuple(x_BL.shape), torch.float32)
+            else:
+                raise NotImplementedError(remasking)
+            confidence_BL[:, end:] = NEG_INF  # the past stays eligible
+            confidence_BL = confidence_BL.masked_fill(~masked_BL, NEG_INF)
+            proposals_BL = torch.where(masked_BL, proposals_BL, x_BL)
+            for row in range(num_rows):
+                kept = confidence_BL[row].topk(int(budget_BS[row, step])).indices
+                x_BL[row, kept] = proposals_BL[row, kept]
+    return x_BL
+
+
+# --- 2. teacher targets by enumeration -----------------------------------------------------------
+
+
+def enumerate_sequences(vocab_size: int, length: int) -> Tensor:
+    """All vocab_size^length sequences in lexicographic order, (N, L) int64."""
+    rows = list(itertools.product(range(vocab_size), repeat=length))
+    return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), length)
+
+
+def ar_log_prob(next_log_probs: NextLogProbs, x_L: Sequence[int], start: int, end: int) -> float:
+    """log p(x_start..x_{end-1} | x_{<start}) = Σ_j log p(x_j | x_{<j})."""
+    tokens = [int(token) for token in x_L]
+    return math.fsum(float(next_log_probs(tokens[:j])[tokens[j]]) for j in range(start, end))
+
+
+def ar_log_joint(
+    next_log_probs: NextLogProbs, length: int, vocab_size: int, prefix: Sequence[int] = ()
+) -> tuple[Tensor, Tensor]:
+    """All continuations of `prefix` of this length (N, L) and their log-probabilities (N,)."""
+    sequences_NL = enumerate_sequences(vocab_size, length)
+    prefix = [int(token) for token in prefix]
+    start, end = len(prefix), len(prefix) + length
+    log_joint = [
+        ar_log_prob(next_log_probs, prefix + row, start, end) for row in sequences_NL.tolist()
+    ]
+    return sequences_NL, torch.tensor(log_joint, dtype=torch.float64)
+
+
+class Fill(NamedTuple):
+    """One way to fill the masks of a region, split into what is drawn and what is weighted."""
+
+    tokens: tuple[int, ...]  # the whole sequence up to the region's end
+    log_proposal: float  # Σ over masked j of log p(x_j | x_<j): forced left-to-right decoding
+    log_weight: float  # Σ over visible j of log p(x_j | x_<j): the evidence
+
+    @property
+    def log_joint(self) -> float:
+        return self.log_proposal + self.log_weight
+
+
+def enumerate_fills(
+    next_log_probs: NextLogProbs,
+    x_L: Sequence[int],
+    masked: Iterable[int],
+    vocab_size: int,
+    start: int = 0,
+    end: int | None = None,
+) -> list[Fill]:
+    """Every fill of the masks inside [start, end).
+
+    Masks before `start` are seen clean, tokens from `end` on are not seen at all (block student).
+    """
+    tokens = [int(token) for token in x_L]
+    end = len(tokens) if end is None else end
+    holes = sorted(j for j in set(masked) if start <= j < end)
+    fills = []
+    for values in itertools.product(range(vocab_size), repeat=len(holes)):
+        filled = tokens[:end]
+        for j, value in zip(holes, values, strict=True):
+            filled[j] = value
+        term = {j: float(next_log_probs(filled[:j])[filled[j]]) for j in range(start, end)}
+        log_proposal = math.fsum(term[j] for j in holes)
+        log_weight = math.fsum(term[j] for j in term if j not in holes)
+        fills.append(Fill(tuple(filled), log_proposal, log_weight))
+    return fills
+
+
+def marginal_of_fills(
+    fills: Sequence[Fill], log_weights: Sequence[float], position: int, vocab_size: int
+) -> Tensor:
+    """Σ over fills of weight · onehot(token at position), normalised: (V,)."""
+    weight_N = torch.tensor(log_weights, dtype=torch.float64).softmax(dim=0)
+    marginal_V = torch.zeros(vocab_size, dtype=torch.float64)
+    for fill, weight in zip(fills, weight_N, strict=True):
+        marginal_V[fill.tokens[position]] += weight
+    return marginal_V
+
+
+def posterior_marginal(
+    next_log_probs: NextLogProbs,
+    x_L: Sequence[int],
+    masked: Iterable[int],
+    position: int,
+    vocab_size: int,
+    start: int = 0,
+    end: int | None = None,
+) -> Tensor:
+    """q_i(v) = P(x_i = v | visible) = Σ over fills z with z_i = v of P(z | visible): (V,)."""
+    fills = enumerate_fills(next_log_probs, x_L, masked, vocab_size, start, end)
+    return marginal_of_fills(fills, [fill.log_joint for fill in fills], position, vocab_size)
+
+
+def full_conditional(
+    next_log_probs: NextLogProbs,
+    x_L: Sequence[int],
+    position: int,
+    vocab_size: int,
+    start: int = 0,
+    end: int | None = None,
+) -> Tensor:
+    """P(x_i = v | every other token of [start, end) as in x_L): (V,)."""
+    return posterior_marginal(next_log_probs, x_L, [position], position, vocab_size, start, end)
+
+
+def left_only(next_log_probs: NextLogProbs, x_L: Sequence[int], position: int) -> Tensor:
+    """p(v | x_<i), the teacher's next-token head; blind to everything right of i: (V,)."""
+    return next_log_probs([int(token) for token in x_L][:position]).double().exp()
+
+
+def suffix_score_loop(
+    next_log_probs: NextLogProbs,
+    x_L: Sequence[int],
+    position: int,
+    candidates: Sequence[int],
+    end: int | None = None,
+) -> Tensor:
+    """log softmax over candidates of log p(v | x_<i) + Σ_{i<j<end} log p(x_j | x_<i, v, x_i+1..).
+
+    One full forward per candidate and suffix position. Equals log(q / q(S)) for candidates S.
+    """
+    tokens = [int(token) for token in x_L]
+    end = len(tokens) if end is None else end
+    scores = []
+    for candidate in candidates:
+        branch = [*tokens[:position], int(candidate), *tokens[position + 1 : end]]
+        scores.append(ar_log_prob(next_log_probs, branch, position, end))
+    return torch.tensor(scores, dtype=torch.float64).log_softmax(dim=0)
+
+
+# --- 3. losses by definition ---------------------------------------------------------------------
+
+
+def forward_kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) = Σ_v p (log p - log q) over the last axis, with 0 log 0 = 0."""
+    p, q = p.double(), q.double()
+    return (torch.xlogy(p, p) - torch.xlogy(p, q)).sum(dim=-1)
+
+
+def reverse_kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(q || p): the student's distribution first."""
+    return forward_kl(q, p)
+
+
+def generalized_jsd(p: Tensor, q: Tensor, beta: float) -> Tensor:
+    """GKD: β KL(p || m) + (1-β) KL(q || m), m = β p + (1-β) q, p teacher, q student.
+
+    As defined, JSD_β -> 0 at both ends; what has a limit is the *ratio*: JSD_β / β -> KL(p || q)
+    for β -> 0 and JSD_β / (1-β) -> KL(q || p) for β -> 1. So β = 0 and β = 1 are read as these
+    two KLs, and the loss jumps by a factor of about β when β leaves an end.
+    """
+    if beta == 0:
+        return forward_kl(p, q)
+    if beta == 1:
+        return reverse_kl(p, q)
+    m = beta * p.double() + (1 - beta) * q.double()
+    return beta * forward_kl(p, m) + (1 - beta) * forward_kl(q, m)
+
+
+def outside(vocab_size: int, ids: Sequence[int]) -> list[int]:
+    """The ids that are not in `ids`; a repeated id is an error."""
+    kept = [int(i) for i in ids]
+    assert len(set(kept)) == len(kept), f"repeated ids: {kept}"
+    return [v for v in range(vocab_size) if v not in kept]
+
+
+def bucketed_kl(p_V: Tensor, q_V: Tensor, ids: Sequence[int]) -> Tensor:
+    """KL(p || q) after merging all ids outside `ids` into one bucket; never above the full KL."""
+    rest = outside(len(p_V), ids)
+    ids = [int(i) for i in ids]
+    p_bucketed = torch.cat([p_V[ids], p_V[rest].sum()[None]])
+    q_bucketed = torch.cat([q_V[ids], q_V[rest].sum()[None]])
+    return forward_kl(p_bucketed, q_bucketed)
+
+
+def partial_kl(p_V: Tensor, q_V: Tensor, ids: Sequence[int]) -> Tensor:
+    """Σ_{v in ids} p (log p - log q), nothing renormalised: can exceed the full KL, or be < 0."""
+    outside(len(p_V), ids)
+    ids = [int(i) for i in ids]
+    return forward_kl(p_V[ids], q_V[ids])
+
+
+def renormalised_kl(p_V: Tensor, q_V: Tensor, ids: Sequence[int]) -> Tensor:
+    """KL between p and q both restricted to `ids` and renormalised: blind to mass outside."""
+    outside(len(p_V), ids)
+    ids = [int(i) for i in ids]
+    return forward_kl(p_V[ids] / p_V[ids].sum(), q_V[ids] / q_V[ids].sum())
+
+
+def label_smoothed_cross_entropy(logits_V: Tensor, target: int, eps: float) -> Tensor:
+    """-Σ_v y_v log p_v with y = (1-eps) onehot(target) + eps/V (the target gets a share too)."""
+    log_p_V = logits_V.double().log_softmax(dim=-1)
+    num_words = len(log_p_V)
+    smooth_V = torch.full_like(log_p_V, eps / num_words)
+    smooth_V[target] += 1 - eps
+    return -(smooth_V * log_p_V).sum()
+
+
+# --- 4. the likelihood bound ---------------------------------------------------------------------
+
+
+def masks_with_log_probs(
+    denoise_log_probs: Callable[[list[int]], Tensor],
+    x_L: Sequence[int],
+    maskable: Sequence[int],
+    mask_id: int,
+) -> Iterator[tuple[int, float]]:
+    """For every non-empty subset of `maskable`: its size, and Σ over it of log p(x_i | x_t)."""
+    tokens = [int(token) for token in x_L]
+    for size in range(1, len(maskable) + 1):
+        for subset in itertools.combinations(maskable, size):
+            noised = [mask_id if i in subset else token for i, token in enumerate(tokens)]
+            log_p_LV = denoise_log_probs(noised)
+            yield size, math.fsum(float(log_p_LV[i, tokens[i]]) for i in subset)
+
+
+def exact_bound(denoise_log_probs, x_L, maskable: Sequence[int], mask_id: int) -> float:
+    """Lower bound on log p(x_maskable | rest), nats: -E_{l ~ U{1..L}}[(L/l) E_{|M|=l} Σ_M CE].
+
+    LLaDA's exact-l form with L = len(maskable): each of the 2^L - 1 masks M has weight
+    (1/L)(L/l) / C(L, l) = 1 / (l C(L, l)). No maskable position: 0.
+    """
+    num = len(maskable)
+    subsets = masks_with_log_probs(denoise_log_probs, x_L, maskable, mask_id)
+    return math.fsum(log_p / (size * math.comb(num, size)) for size, log_p in subsets)
+
+
+def bernoulli_bound(denoise_log_probs, x_L, maskable: Sequence[int], mask_id: int) -> float:
+    """The same bound as -∫_0^1 (1/t) E_{M ~ Bernoulli(t)} Σ_M CE dt.
+
+    A mask of size l has probability t^l (1-t)^(L-l), so its weight is the Beta integral
+    ∫ t^(l-1) (1-t)^(L-l) dt = Γ(l) Γ(L-l+1) / Γ(L+1).
+    """
+    num = len(maskable)
+    subsets = masks_with_log_probs(denoise_log_probs, x_L, maskable, mask_id)
+    return math.fsum(
+        log_p * math.exp(math.lgamma(size) + math.lgamma(num - size + 1) - math.lgamma(num + 1))
+        for size, log_p in subsets
+    )
+
+
+def any_order_bound(denoise_log_probs, x_L, maskable: Sequence[int], mask_id: int) -> float:
+    """The same bound as the mean over all L! orders of Σ_i log p(x_order(i) | earlier in order)."""
+    tokens = [int(token) for token in x_L]
+    totals = []
+    for order in itertools.permutations(maskable):
+        noised = [mask_id if i in maskable else token for i, token in enumerate(tokens)]
+        total = 0.0
+        for i in order:
+            total += float(denoise_log_probs(noised)[i, tokens[i]])
+            noised[i] = tokens[i]
+        totals.append(total)
+    return math.fsum(totals) / len(totals)
+
+
+# --- 5. low-confidence greedy decoding of one row ------------------------------------------------
+
+
+def slow_low_confidence_greedy(
+    logits_fn: Callable[[list[int]], Tensor],
+    canvas_L: Sequence[int],
+    open_positions: Iterable[int],
+    blocks: Sequence[Sequence[int]],
+    counts: Sequence[Sequence[int]],
+    forbidden: Iterable[int] = (),
+) -> tuple[list[int], list[list[int]]]:
+    """Canvas and, step by step, the positions committed (most confident first).
+
+    `logits_fn(canvas) -> (L, V)` for one row; `blocks` are lists of positions decoded one after
+    the other; `counts[b][s]` is the number due at step s of block b. Temperature 0; forbidden ids
+    are removed *before* the softmax; float32; ties go to the lowest token and position. A step
+    with nothing left to do in its block costs no forward and leaves no entry.
+    """
+    canvas = [int(token) for token in canvas_L]
+    still_open = set(open_positions)
+    assert still_open <= set(itertools.chain(*blocks)), "an open position lies in no block"
+    committed_per_step = []
+    for block, counts_of_block in zip(blocks, counts, strict=True):
+        for count in counts_of_block:
+            todo = sorted(still_open & set(block))
+            if not todo:
+                break
+            logits_LV = logits_fn(canvas).float().clone()
+            logits_LV[:, list(forbidden)] = NEG_INF
+            ranked = []
+            for i in todo:
+                probs = logits_LV[i].softmax(dim=-1).tolist()
+                token = probs.index(max(probs))
+                ranked.append((-probs[token], i, token))
+            chosen = sorted(ranked)[:count]
+            for _, i, token in chosen:
+                canvas[i] = token
+                still_open.remove(i)
+            committed_per_step.append([i for _, i, _ in chosen])
+    return canvas, committed_per_step
+
+
+# --- 6. the distillation loss over the full vocabulary -------------------------------------------
+
+
+def naive_kd_loss(
+    student_logits_BLV: Tensor,
+    teacher_logits_BLV: Tensor,
+    x0_BL: Tensor,
+    masked_BL: Tensor,
+    kd_lambda: float,
+    temperature: float = 1.0,
+    weight_BL: Tensor | None = None,
+    denominator: float | None = None,
+) -> Tensor:
+    """(1/D) Σ_masked w · [(1-λ) CE(x0) + λ T² KL(teacher^(1/T) || student^(1/T))], float64.
+
+    CE at temperature 1. Defaults w = 1 and D = number of masked positions: the plain pooled mean,
+    which is *not* a likelihood bound. The bound is w = loss weight (1/t or L/l) and D = number of
+    maskable tokens; both terms share w and D. Differentiable in the student's logits.
+    """
+    if denominator is None:
+        denominator = int(masked_BL.sum())
+    assert denominator > 0, "nothing to average over"
+    total = torch.zeros((), dtype=torch.float64)
+    for b, i in masked_BL.nonzero().tolist():
+        student_V = student_logits_BLV[b, i].double()
+        teacher_V = teacher_logits_BLV[b, i].double()
+        ce = -student_V.log_softmax(dim=-1)[x0_BL[b, i]]
+        p_V = (teacher_V / temperature).softmax(dim=-1)
+        q_V = (student_V / temperature).softmax(dim=-1)
+        term = (1 - kd_lambda) * ce + kd_lambda * temperature**2 * forward_kl(p_V, q_V)
+        total = total + (1.0 if weight_BL is None else weight_BL[b, i].double()) * term
+    return total / denominator

@@ -1,0 +1,205 @@
+"""One reading of a corpus: documents are deduplicated, split, tokenised, packed and written.
+
+Every document is either held out or trained on, by a hash of its text: never by its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from mdm.errors import VocabError
+
+from .corpus import Source, read_in_turn
+from .documents import Document, Message, Skips
+from .packing import PADDING_DOCUMENT, Packer, Row
+from .rows import RowWriter
+
+if TYPE_CHECKING:
+    from .dataset import DataSettings
+
+SPLITS = ("train", "held_out")
+_BATCH_CHARACTERS = 2**18  # tokenised at once: enough for all cores, little memory
+_MIN_DOCUMENTS = 16  # that a full held-out split comes from
+
+
+class Vocab(Protocol):
+    """What preparing data needs of `mdm.vocab.Vocab`."""
+
+    @property
+    def start_id(self) -> int: ...
+    @property
+    def eos_id(self) -> int: ...
+    @property
+    def pad_id(self) -> int: ...
+    @property
+    def mask_id(self) -> int | None: ...
+    @property
+    def fingerprint(self) -> str: ...
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]: ...
+
+
+class _Split:
+    """One part of the corpus on its way to disk: packed, written and counted, up to a limit."""
+
+    def __init__(
+        self, writer: RowWriter, packer: Packer, max_rows: int | None, max_tokens: int | None
+    ) -> None:
+        self.packer = packer
+        self.documents = self.tokens = self.maskable_tokens = 0
+        self._writer, self._max_rows, self._max_tokens = writer, max_rows, max_tokens
+        # Few rows should not all come from one long document.
+        self._max_per_document = None if max_rows is None else max(1, max_rows // _MIN_DOCUMENTS)
+
+    @property
+    def full(self) -> bool:
+        rows_full = self._max_rows is not None and self._writer.num_rows >= self._max_rows
+        return rows_full or (self._max_tokens is not None and self.tokens >= self._max_tokens)
+
+    def add(self, tokens: Sequence[int], prompt: Sequence[int] | None) -> None:
+        if not self.full:
+            self.documents += 1
+            self._append(self.packer.add(tokens, prompt)[: self._max_per_document])
+
+    def finish(self) -> None:
+        self._append(self.packer.finish())
+
+    def counts(self) -> dict[str, int]:
+        return {
+            "documents": self.documents,
+            "rows": self._writer.num_rows,
+            "tokens": self.tokens,
+            "maskable_tokens": self.maskable_tokens,
+        }
+
+    def _append(self, rows: Iterable[Row]) -> None:
+        for row in rows:
+            if self.full:
+                break
+            self._writer.append(row)
+            self.tokens += int((row.document_ids_L != PADDING_DOCUMENT).sum())
+            self.maskable_tokens += int(row.maskable_L.sum())
+
+
+class Pass:
+    """One reading of all sources; documents whose hash is below `held_out_below` are held out."""
+
+    def __init__(
+        self, settings: DataSettings, vocab: Vocab, folder: Path, held_out_below: int
+    ) -> None:
+        self.skips = Skips()
+        self.duplicates = self.used = 0
+        self.smallest_hash = 2**64
+        self.splits: dict[str, _Split] = {}
+        self._settings, self._vocab, self._folder = settings, vocab, folder
+        self._held_out_below = held_out_below
+
+    def run(self, sources: Sequence[Source]) -> None:
+        """Read until the sources end or no split wants more."""
+        max_held_out = self._settings.max_held_out_rows if self._held_out_below else 0
+        with contextlib.ExitStack() as open_files:
+            for name, max_rows, max_tokens in (
+                ("train", None, self._settings.max_tokens),
+                ("held_out", max_held_out, None),
+            ):
+                writer = RowWriter(self._folder / name, self._settings.length)
+                open_files.enter_context(contextlib.closing(writer))
+                self.splits[name] = _Split(writer, self._packer(), max_rows, max_tokens)
+            wanted = self._wanted(self._unique(read_in_turn(sources, self.skips)))
+            for batch in _batches(wanted):
+                self._add(batch)
+            for split in self.splits.values():
+                split.finish()
+
+    def counts(self) -> dict[str, Any]:
+        """For the manifest."""
+        return {
+            "splits": {name: split.counts() for name, split in self.splits.items()},
+            "duplicates": self.duplicates,
+            "skipped": dict(self.skips.counts),
+            "skipped_examples": self.skips.examples,
+        }
+
+    def _packer(self) -> Packer:
+        names = ("length", "min_tokens", "packing", "eos_padding", "eos_block")
+        ids = {name: getattr(self._vocab, name) for name in ("start_id", "eos_id", "pad_id")}
+        return Packer(**{name: getattr(self._settings, name) for name in names}, **ids)
+
+    def _split_of(self, document_hash: int) -> _Split:
+        return self.splits["held_out" if document_hash < self._held_out_below else "train"]
+
+    def _unique(self, documents: Iterable[Document]) -> Iterator[tuple[int, Document]]:
+        """Documents with their hash, each text once."""
+        seen: set[int] = set()
+        for document in documents:
+            document_hash = document.hash(self._settings.split_seed)
+            if document_hash in seen:
+                self.duplicates += 1
+            else:
+                seen.add(document_hash)
+                yield document_hash, document
+
+    def _wanted(self, documents: Iterable[tuple[int, Document]]) -> Iterator[tuple[int, Document]]:
+        """Documents that some split has room for; the end, once none has.
+
+        When training has enough, reading goes on for the held-out rows, so that these are the same
+        whatever `max_tokens` is. Until there is one, every document might have to be held out.
+        """
+        for document_hash, document in documents:
+            if all(split.full for split in self.splits.values()):
+                return
+            none_held_out = self._held_out_below > 0 and not self.splits["held_out"].documents
+            if none_held_out or not self._split_of(document_hash).full:
+                yield document_hash, document
+
+    def _add(self, batch: Sequence[tuple[int, Document]]) -> None:
+        encoded = _encode([document for _, document in batch], self._vocab)
+        for (document_hash, document), (tokens, prompt) in zip(batch, encoded, strict=True):
+            split = self._split_of(document_hash)
+            reason = split.packer.refusal(tokens, prompt)
+            if reason is not None:
+                self.skips.add(reason, document.origin)
+                continue
+            if self._vocab.mask_id in (*tokens, *(prompt or ())):
+                raise VocabError(
+                    f"{document.origin} holds the mask token (id {self._vocab.mask_id});"
+                    " choose another mask token"
+                )
+            self.used += 1
+            self.smallest_hash = min(self.smallest_hash, document_hash)
+            split.add(tokens, prompt)
+
+
+def _batches(
+    documents: Iterable[tuple[int, Document]],
+) -> Iterator[list[tuple[int, Document]]]:
+    """Documents in groups of about _BATCH_CHARACTERS."""
+    batch, characters = [], 0
+    for item in documents:
+        batch.append(item)
+        characters += len(item[1].text)
+        if characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _encode(
+    documents: Sequence[Document], vocab: Vocab
+) -> list[tuple[list[int], list[int] | None]]:
+    """Token ids of each document's text and of its prompt (None without one)."""
+    texts = vocab.encode_batch([document.text for document in documents])
+    prompts = iter(vocab.encode_batch([d.prompt for d in documents if isinstance(d.prompt, str)]))
+    result = []
+    for document, tokens in zip(documents, texts, strict=True):
+        prompt = None
+        if isinstance(document.prompt, str):
+            prompt = next(prompts)
+        elif document.prompt is not None:
+            prompt = vocab.encode_chat(document.prompt)
+        result.append((tokens, prompt))
+    return result
