@@ -22,7 +22,7 @@ import torch
 
 from .denoiser import Denoiser
 from .errors import CheckpointError
-from .vocab import Vocab, read_vocab
+from .vocab import read_vocab
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -236,7 +236,7 @@ def _readable(source: str) -> Iterator[None]:
         yield
     except CheckpointError:
         raise
-    except Exception as error:  # noqa: BLE001 - loaders raise anything on a damaged file
+    except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"cannot load a model from {source!r} ({type(error).__name__}: {reason});"

@@ -17,7 +17,9 @@ MODEL_HELP = "Model folder.  [default: the last finished run in runs/]"
 @click.argument("source")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--layers", type=int, help="Layers kept, evenly spread.  [default: all]")
-@click.option("--width", default=1.0, show_default=True, help="Fraction of channels and heads kept.")
+@click.option(
+    "--width", default=1.0, show_default=True, help="Fraction of channels and heads kept."
+)
 @click.option("--random", is_flag=True, help="Random weights of this shape, not the checkpoint's.")
 @click.option("--no-shift", is_flag=True, help="Predict position i from output i, not i-1.")
 @click.option("--mask-token", help="Special token to reuse as mask.  [default: a new one]")
@@ -118,7 +120,7 @@ def generate(
     mdm generate --prefix "def add(a, b):" --suffix "    return total" --span 8 --show
     """
     from . import generate as text
-    from .sampler import SamplerSettings
+    from .canvas import SamplerSettings
 
     settings = SamplerSettings(**sampling)
     request = text.request_of(prompt, prefix, suffix, span, gen_length, chat=chat)
@@ -127,9 +129,7 @@ def generate(
     denoiser, path = open_model(model, device)
     began = time.monotonic()
     with watching(denoiser, show) as watch:
-        results = text.generate(
-            denoiser, [request] * num_samples, settings, seed=seed, watch=watch
-        )
+        results = text.generate(denoiser, [request] * num_samples, settings, seed=seed, watch=watch)
     seconds = time.monotonic() - began
     if as_json:
         report = {

@@ -34,7 +34,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise ConfigError(f"{path} holds a {type(value).__name__}; expected `section: {{key: value}}`")
+        raise ConfigError(
+            f"{path} holds a {type(value).__name__}; expected `section: {{key: value}}`"
+        )
     return value
 
 

@@ -178,8 +178,10 @@ def _select(
         per_head = (any(part in name for part in HEAD_OUTPUT) and dim == 0) or (
             any(part in name for part in HEAD_INPUT) and dim == 1
         )
-        if not per_head and "attn" in name and not any(
-            part in name for part in HEAD_OUTPUT + HEAD_INPUT
+        if (
+            not per_head
+            and "attn" in name
+            and not any(part in name for part in HEAD_OUTPUT + HEAD_INPUT)
         ):
             raise ConfigError(
                 f"student.width cannot shrink the fused attention weight {name!r} of a"

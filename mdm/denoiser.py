@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,6 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from . import attention
 from .errors import CheckpointError
 from .vocab import Vocab
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # A scored chunk of logits stays near this size; larger chunks gain no speed on CPU or GPU.
 CHUNK_BYTES = 64 * 2**20
@@ -36,7 +39,12 @@ class Denoiser(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, vocab: Vocab, *, shift: bool, lineage: tuple[dict[str, Any], ...] = ()
+        self,
+        model: PreTrainedModel,
+        vocab: Vocab,
+        *,
+        shift: bool,
+        lineage: tuple[dict[str, Any], ...] = (),
     ) -> None:
         super().__init__()
         assert vocab.mask_id is not None, "a denoiser needs a vocabulary with a mask token"
@@ -51,6 +59,7 @@ class Denoiser(nn.Module):
         self.plain_head = has_plain_head(model)
         rows = model.get_output_embeddings().weight.shape[0]
         never = [self.mask_id, *range(len(vocab), rows)]
+        self.never_sampled: torch.Tensor
         self.register_buffer("never_sampled", torch.tensor(never), persistent=False)
 
     @property
@@ -60,7 +69,7 @@ class Denoiser(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.never_sampled.device  # type: ignore[return-value]
+        return self.never_sampled.device
 
     def forward(
         self,
@@ -104,7 +113,9 @@ class Denoiser(nn.Module):
     ) -> torch.Tensor:
         """(N, D) inputs of the head for the wanted positions."""
         if self.shift:
-            assert not bool(wanted_BL[:, 0].any()), "position 0 of a shifted model has no predecessor"
+            assert not bool(wanted_BL[:, 0].any()), (
+                "position 0 of a shifted model has no predecessor"
+            )
             wanted_BL = wanted_BL.roll(-1, dims=1)
         layout = attention_layout(
             document_ids_BL, xt_BL, self.model.dtype, causal=False, always=self.always_mask
@@ -119,7 +130,7 @@ class Denoiser(nn.Module):
 
     def raw_head(self, rows_ND: torch.Tensor) -> torch.Tensor:
         """(N, V) logits as the model gives them, the mask token's included."""
-        return self.model.get_output_embeddings()(rows_ND) if self.plain_head else rows_ND  # type: ignore[no-any-return]
+        return self.model.get_output_embeddings()(rows_ND) if self.plain_head else rows_ND
 
 
 def attention_layout(
@@ -157,7 +168,7 @@ def has_sliding_window(config: Any) -> bool:
 
 
 @torch.no_grad()
-def probe_attention(model: nn.Module, *, causal: bool) -> None:
+def probe_attention(model: PreTrainedModel, *, causal: bool) -> None:
     """Raise CheckpointError unless attention really is what was asked.
 
     Changes the last of six tokens and looks at the first position: it must change if attention is
@@ -181,7 +192,7 @@ def probe_attention(model: nn.Module, *, causal: bool) -> None:
 
 
 @torch.no_grad()
-def has_plain_head(model: nn.Module) -> bool:
+def has_plain_head(model: PreTrainedModel) -> bool:
     """Are the logits just head(last hidden state), with no scaling or capping in between?"""
     x_BL = _probe_tokens(model)[None]
     with _evaluating(model):
@@ -190,7 +201,7 @@ def has_plain_head(model: nn.Module) -> bool:
         return torch.equal(plain_BLV, model(x_BL, use_cache=False).logits)
 
 
-def _probe_tokens(model: nn.Module) -> torch.Tensor:
+def _probe_tokens(model: PreTrainedModel) -> torch.Tensor:
     """(6,) ids spread over the vocabulary."""
     rows = model.get_input_embeddings().weight.shape[0]
     return torch.linspace(0, rows - 1, 6, device=model.device).long()

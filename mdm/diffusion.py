@@ -19,13 +19,17 @@ def generator(*key: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def row_uniforms(name: str, seed: int, step: int, samples: Sequence[int], length: int) -> torch.Tensor:
+def row_uniforms(
+    name: str, seed: int, step: int, samples: Sequence[int], length: int
+) -> torch.Tensor:
     """(B, L) uniforms in [0, 1): row b depends on (name, seed, step, samples[b]) and nothing else."""
     rows = [torch.rand(length, generator=generator(name, seed, step, s)) for s in samples]
     return torch.stack(rows) if rows else torch.empty(0, length)
 
 
-def spread_uniforms(name: str, seed: int, step: int, samples: Sequence[int], count: int) -> torch.Tensor:
+def spread_uniforms(
+    name: str, seed: int, step: int, samples: Sequence[int], count: int
+) -> torch.Tensor:
     """(B,) uniforms, evenly spread over the `count` samples of a step: (u + sample / count) mod 1.
 
     Each is uniform on [0, 1) by itself; together they cover the noise levels with low variance

@@ -1,11 +1,11 @@
 """What a user can have got wrong, by who can fix it. Programming errors of ours are asserts instead.
 
-    MdmError            anything below; the command line prints it in one line and exits with `exit_code`
-    ├── ConfigError     a setting, a flag or a YAML key           → change the setting
-    ├── DataError       a corpus, a file or a row of it            → change the data
-    ├── VocabError      tokenizer, mask token or token ids         → change the tokenizer or the teacher
-    ├── CheckpointError a model folder: missing, broken, disk full → give another folder, free the disk
-    └── TrainingError   training cannot go on (a loss is NaN)      → resume with other settings
+MdmError            anything below; the command line prints it in one line and exits with `exit_code`
+├── ConfigError     a setting, a flag or a YAML key           → change the setting
+├── DataError       a corpus, a file or a row of it            → change the data
+├── VocabError      tokenizer, mask token or token ids         → change the tokenizer or the teacher
+├── CheckpointError a model folder: missing, broken, disk full → give another folder, free the disk
+└── TrainingError   training cannot go on (a loss is NaN)      → resume with other settings
 """
 
 from __future__ import annotations

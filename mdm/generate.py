@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
+from .canvas import Canvas, SamplerSettings
 from .config import require
 from .denoiser import Denoiser
 from .errors import ConfigError
-from .sampler import Canvas, DenoisingStep, SamplerSettings, denoise, make_canvas
+from .sampler import DenoisingStep, denoise, make_canvas
 
 Watch = Callable[[DenoisingStep, list[Canvas]], None]
 

@@ -9,15 +9,12 @@ Source: LLaDA (arXiv 2502.09992) and its released `generate`. Shapes: B canvases
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 
+from .canvas import Canvas, Commit
+from .denoiser import Denoiser
 from .errors import ConfigError
-
-if TYPE_CHECKING:
-    from .denoiser import Denoiser
-    from .sampler import Canvas, Commit
 
 Uniforms = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
 
@@ -28,8 +25,8 @@ def published_commits(
     *,
     end_of_turn_id: int | None = None,
     uniforms: Uniforms | None = None,
-) -> list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """(row, positions, tokens, confidence) that the published sampler decides in one step.
+) -> list[Commit]:
+    """What the published sampler decides in one step; the canvases are left as they are.
 
     `end_of_turn_id` is LLaDA's EoT, which `eos_last` treats differently from the end token (the end
     token itself if None). `uniforms(shape, dtype)` draws the noise; default: the first canvas' own.
@@ -40,7 +37,9 @@ def published_commits(
         raise ConfigError(
             "compat=llada needs canvases of one length with one set of settings; pad prompts left"
         )
-    draw = uniforms or (lambda shape, dtype: torch.rand(shape, dtype=dtype, generator=rows[0].random))
+    draw = uniforms or (
+        lambda shape, dtype: torch.rand(shape, dtype=dtype, generator=rows[0].random)
+    )
     eos_id = denoiser.vocab.eos_id
     turn_id = eos_id if end_of_turn_id is None else end_of_turn_id
     x_BL = torch.stack([row.ids_L for row in rows])
@@ -74,7 +73,7 @@ def published_commits(
         confidence_L[row.blocks[0].stop :] = float("-inf")  # only the future is excluded
         top_k = confidence_L.topk(row.due[0]).indices
         top_k = top_k[masked_BL[i, top_k]]
-        commits.append((number, top_k, proposals_BL[i, top_k], confidence_L[top_k]))
+        commits.append(Commit(number, top_k, proposals_BL[i, top_k], confidence_L[top_k]))
     return commits
 
 

@@ -6,7 +6,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from .sampler import Canvas, DenoisingStep
+from .canvas import Canvas
+from .sampler import DenoisingStep
 from .vocab import Vocab
 
 OPEN = "░"
@@ -49,7 +50,9 @@ class DenoisingView:
         while start < len(ids):
             end = start + 1
             kind = (open_[start], given[start])
-            while end < len(ids) and kind == (open_[end], given[end]) and (given[end] or open_[end]):
+            while (
+                end < len(ids) and kind == (open_[end], given[end]) and (given[end] or open_[end])
+            ):
                 end += 1
             if open_[start]:
                 text.append(OPEN * (end - start), style="bright_black")
@@ -64,4 +67,3 @@ class DenoisingView:
         """Red to green by confidence; random remasking has none that means anything."""
         share = min(1.0, max(0.0, self.confidence.get(position, 0.0)))
         return f"rgb({round(220 * (1 - share))},{round(180 * share) + 40},60)"
-

@@ -24,7 +24,9 @@ import click
     help="Run folder to continue from its newest checkpoint, with the recipe stored there.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing run of this name.")
-@click.option("--dry-run", is_flag=True, help="Print what would be done: parameters, tokens, memory.")
+@click.option(
+    "--dry-run", is_flag=True, help="Print what would be done: parameters, tokens, memory."
+)
 @click.option("--list", "list_recipes", is_flag=True, help="List the recipes that come with mdm.")
 def train(
     recipe: str | None,

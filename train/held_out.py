@@ -10,6 +10,7 @@ Shapes: B batch, L length, R rows times draws, N masked positions.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,7 @@ class HeldOut:
         level_R, ce_R, hit_R, tokens_R = self.values_R4.unbind(-1)
         nelbo, std_err = _weighted_mean(*self._per_row(ce_R, tokens_R))
         profile = []
-        for low, high in zip(LEVELS, LEVELS[1:], strict=False):
+        for low, high in itertools.pairwise(LEVELS):
             at_R = (level_R > low) & (level_R <= high)
             if not bool(at_R.any()):
                 continue

@@ -18,11 +18,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
+from torch import nn
 
 from mdm.config import require
-from mdm.denoiser import Denoiser
 from mdm.diffusion import apply_mask, mask_by_rate, mask_exactly, row_uniforms, spread_uniforms
 from mdm.errors import check_known
 from mdm.schedule import SCHEDULES
@@ -120,12 +121,17 @@ class MaskedBatch:
     def to(self, device: torch.device) -> MaskedBatch:
         """The same batch on another device."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        moved = {k: v.to(device) for k, v in values.items() if isinstance(v, torch.Tensor)}
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in values.items() if name != "denominator"
+        }
         return dataclasses.replace(self, **moved)
 
 
 def _by_rate(
-    settings: ObjectiveSettings, level_B: torch.Tensor, maskable_BL: torch.Tensor, u_BL: torch.Tensor
+    settings: ObjectiveSettings,
+    level_B: torch.Tensor,
+    maskable_BL: torch.Tensor,
+    u_BL: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     t_B = settings.min_t + (1 - settings.min_t) * level_B
     schedule = SCHEDULES[settings.schedule]
@@ -133,7 +139,10 @@ def _by_rate(
 
 
 def _exactly(
-    settings: ObjectiveSettings, level_B: torch.Tensor, maskable_BL: torch.Tensor, u_BL: torch.Tensor
+    settings: ObjectiveSettings,
+    level_B: torch.Tensor,
+    maskable_BL: torch.Tensor,
+    u_BL: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     total_B = maskable_BL.sum(1)
     count_B = (level_B * total_B).long() + 1  # uniform on 1..L: level < 1
@@ -214,12 +223,15 @@ def soft_targets(
 
 
 def loss_sums(
-    denoiser: Denoiser,
+    denoiser: nn.Module,
     batch: MaskedBatch,
     targets: SoftTargets | None,
     settings: ObjectiveSettings,
 ) -> torch.Tensor:
-    """(2,) Σ w CE and Σ w T² KL of a micro-batch, before division by D. `denoiser` may be wrapped."""
+    """(2,) Σ w CE and Σ w T² KL of a micro-batch, before division by D.
+
+    `denoiser` is a Denoiser, or one wrapped for several processes.
+    """
     masked_BL = batch.masked_BL
     ids_N, ce_weight_N = batch.x0_BL[masked_BL], batch.ce_weight_BL[masked_BL]
     kd_weight_N = batch.kd_weight_BL[masked_BL]

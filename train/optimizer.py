@@ -9,9 +9,7 @@ import torch
 from torch import nn
 
 
-def adamw(
-    model: nn.Module, *, weight_decay: float, betas: tuple[float, ...]
-) -> torch.optim.AdamW:
+def adamw(model: nn.Module, *, weight_decay: float, betas: tuple[float, ...]) -> torch.optim.AdamW:
     """AdamW over the trainable parameters; norms and biases (one dimension) do not decay."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [

@@ -94,7 +94,9 @@ class TrainSettings:
         for name in ("warmup_steps", "clip", "eval_every", "checkpoint_every", "max_minutes"):
             value = getattr(self, name)
             require(value >= 0, f"train.{name} must be >= 0; got {value}")
-        require(self.learning_rate > 0, f"train.learning_rate must be > 0; got {self.learning_rate}")
+        require(
+            self.learning_rate > 0, f"train.learning_rate must be > 0; got {self.learning_rate}"
+        )
         for name in ("decay_fraction", "lr_floor"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"train.{name} must be in [0, 1]; got {value}")
@@ -131,7 +133,9 @@ class Recipe:
 def shipped_recipes() -> list[str]:
     """Names of the recipes that come with mdm."""
     folder = resources.files("mdm.train.recipes")
-    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+    return sorted(
+        f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml")
+    )
 
 
 def read_recipe(name: str, assignments: Sequence[str] = ()) -> Recipe:

@@ -53,10 +53,12 @@ class RowWriter:
 
     def close(self) -> None:
         """Write what is pending and the final number of rows. Without this the folder is empty."""
-        self._write_pending()
-        self._write_headers()
-        for file in self._files:
-            file.close()
+        try:
+            self._write_pending()
+            self._write_headers()
+        finally:
+            for file in self._files:
+                file.close()
 
     def _write_pending(self) -> None:
         if self._pending:
@@ -128,10 +130,10 @@ def _permutation(num_rows: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
 def _mapped(path: Path, kind: str) -> npt.NDArray[Any]:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise DataError(
             f"cannot read the rows in {path}: {error}; prepare the data again"
         ) from error
     if array.ndim != 2 or array.dtype != np.dtype(kind):
         raise DataError(f"{path} holds {array.ndim}-D {array.dtype}; expected 2-D {kind}")
-    return array  # type: ignore[no-any-return]
+    return array

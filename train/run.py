@@ -1,6 +1,6 @@
 """A run: its folder, and everything a step needs.
 
-    runs/<name>/  recipe.yaml  data/  checkpoints/step-…/  metrics.jsonl  loss.png  record.jsonl  final/
+runs/<name>/  recipe.yaml  data/  checkpoints/step-…/  metrics.jsonl  loss.png  record.jsonl  final/
 """
 
 from __future__ import annotations
@@ -37,7 +37,14 @@ from .state import save_state
 from .teachers.ar import ARTeacher, load_teacher
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-WRITTEN = ("checkpoints", "final", "metrics.jsonl", "before.safetensors", "loss.png", "record.jsonl")
+WRITTEN = (
+    "checkpoints",
+    "final",
+    "metrics.jsonl",
+    "before.safetensors",
+    "loss.png",
+    "record.jsonl",
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .dataset import DataSettings
 
 SPLITS = ("train", "held_out")
-_BATCH_CHARACTERS = 2**18  # tokenised at once: enough for all cores, little memory
+_BATCH_CHARACTERS = 2**16  # tokenised at once: enough for all cores, little memory
 _MIN_DOCUMENTS = 16  # that a full held-out split comes from
 
 

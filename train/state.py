@@ -118,9 +118,7 @@ def _restore_moments(
 
 
 @torch.no_grad()
-def _copy_into(
-    target: Mapping[str, torch.Tensor], source: Mapping[str, torch.Tensor]
-) -> None:
+def _copy_into(target: Mapping[str, torch.Tensor], source: Mapping[str, torch.Tensor]) -> None:
     if target.keys() != source.keys():
         raise ValueError("it holds other parameters than this model")
     for name, tensor in target.items():

@@ -199,7 +199,7 @@ def agreed(flag: bool) -> bool:
 def synchronising(module: nn.Module, *, last: bool) -> contextlib.AbstractContextManager[None]:
     """Exchange gradients between processes only in the last micro-batch of a step."""
     if isinstance(module, DistributedDataParallel) and not last:
-        return module.no_sync()  # type: ignore[no-any-return]
+        return module.no_sync()
     return contextlib.nullcontext()
 
 
@@ -211,7 +211,7 @@ def stop_signals() -> Iterator[list[int]]:
 
     def note(number: int, _frame: object) -> None:
         received.append(number)
-        signal.signal(number, usual[number])
+        signal.signal(number, usual[signal.Signals(number)])
 
     try:
         for number in usual:

@@ -35,4 +35,5 @@ def left_only(
             conditioned_on="left",
         ).tensors
 
-    return SoftTargets(*in_chunks(target, teacher.num_tokens, rows_ND), temperature, "left")
+    ids_NK, log_probs_NK, tail_N = in_chunks(target, teacher.num_tokens, rows_ND)
+    return SoftTargets(ids_NK, log_probs_NK, tail_N, temperature, "left")

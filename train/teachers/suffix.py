@@ -55,7 +55,9 @@ def suffix_scored(
         has_B = at_BL.any(1)
         position_B = at_BL.int().argmax(1)
         rows_B = index_BL.gather(1, position_B[:, None])[:, 0]
-        branch_length = int((last_BL.gather(1, position_B[:, None])[:, 0] - position_B)[has_B].max())
+        branch_length = int(
+            (last_BL.gather(1, position_B[:, None])[:, 0] - position_B)[has_B].max()
+        )
         if branch_length == 0:
             continue  # nothing to the right of any of these positions
         size = max(1, settings.branch_rows // (len(x0_BL) * branch_length))

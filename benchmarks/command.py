@@ -1,0 +1,78 @@
+"""`mdm demo` and `mdm bench …`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.option("--runs", default="runs", show_default=True, help="Folder that holds the runs.")
+@click.option("--recipe", default="demo", show_default=True, help="Recipe by name or YAML file.")
+@click.option("--set", "assignments", multiple=True, metavar="SECTION.KEY=VALUE",
+              help="Override one setting of the recipe; may be repeated.")  # fmt: skip
+@click.option("--holes", default=24, show_default=True, help="Holes filled before and after.")
+def demo(runs: str, recipe: str, assignments: tuple[str, ...], holes: int) -> None:
+    """Distil the embedded teacher on real Python code and show what was gained.
+
+    Takes a few minutes on two CPU cores, replaces runs/demo, and prints one JSON object as its last
+    line.
+    """
+    from rich.console import Console
+
+    from mdm.train.recipe import read_recipe
+
+    from .demo import last_line, run_demo
+
+    settings = read_recipe(recipe, assignments)
+    console = Console(highlight=False)
+    numbers = run_demo(settings, Path(runs), num_holes=holes, console=console)
+    click.echo(last_line(numbers))
+
+
+@click.group()
+def bench() -> None:
+    """Benchmarks: both sides in one run, a card for people, one JSON line last for programs."""
+
+
+@bench.command("train-step")
+@click.option("--model", default="embedded", show_default=True, help="AR model of both sides.")
+@click.option("--layers", type=int, help="Layers of the student.  [default: all]")
+@click.option("--rows", default=4, show_default=True, help="Rows in the batch.")
+@click.option("--length", default=512, show_default=True, help="Tokens in a row.")
+@click.option("--repeats", default=5, show_default=True, help="Timed steps of each side.")
+@click.option("--no-checkpointing", is_flag=True, help="Keep all activations (both sides).")
+@click.option("--seed", default=0, show_default=True, help="Of masks and of random tokens.")
+@click.option("--record", "path", type=click.Path(path_type=Path),
+              default=Path("benchmarks/results/train_step.jsonl"), show_default=True,
+              help="JSONL file to add the record to.")  # fmt: skip
+def train_step(
+    model: str,
+    layers: int | None,
+    rows: int,
+    length: int,
+    repeats: int,
+    no_checkpointing: bool,
+    seed: int,
+    path: Path,
+) -> None:
+    """Time and memory of one distillation step, against a straightforward twin.
+
+    The twin computes full-vocabulary logits of student and teacher at all positions. Same model,
+    same batch, same precision, same gradient checkpointing; memory is the peak above what stood
+    before the step, each side in a fresh process.
+    """
+    from .train_step import StepSettings, compare, describe
+
+    settings = StepSettings(
+        model=model,
+        layers=layers,
+        rows=rows,
+        length=length,
+        repeats=repeats,
+        checkpointing=not no_checkpointing,
+        seed=seed,
+    )
+    record = compare(settings, path)
+    click.echo(describe(record))

@@ -1,0 +1,235 @@
+"""One distillation step of mdm against a straightforward twin: time and peak memory.
+
+The twin does what is usually written: logits of the whole vocabulary at all positions for student
+and teacher, then losses at the masked ones. Memory is measured in a fresh process for each side, time
+in one process in which the two sides take turns.
+Shapes: B batch, L length, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from mdm.convert import StudentSettings, convert
+from mdm.denoiser import Denoiser
+from mdm.record import append_record, make_record
+from mdm.train.objective import MaskedBatch, ObjectiveSettings, loss_sums, mask_batch, soft_targets
+from mdm.train.targets import TargetSettings
+from mdm.train.teachers.ar import ARTeacher, load_teacher
+
+OBJECTIVE = ObjectiveSettings(kd_lambda=0.5)
+TARGET = TargetSettings(kind="left", top_k=64)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSettings:
+    """What is measured; see `mdm bench train-step --help`."""
+
+    model: str
+    layers: int | None
+    rows: int
+    length: int
+    repeats: int
+    checkpointing: bool
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """Everything one step needs."""
+
+    denoiser: Denoiser
+    teacher: ARTeacher
+    batch: MaskedBatch
+
+
+def compare(settings: StepSettings, path: Path) -> dict[str, Any]:
+    """Measure both sides; the record is appended to `path`."""
+    memory = {side: memory_in_fresh_process(side, settings) for side in SIDES}
+    setting = make_setting(settings)
+    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+    losses = {side: run_once(setting, side) for side in SIDES}  # warms up, too
+    for _ in range(settings.repeats):
+        for side in SIDES:
+            began = time.perf_counter()
+            run_once(setting, side)
+            seconds[side].append(time.perf_counter() - began)
+    tokens = settings.rows * settings.length
+    ratios = [ours / twin for ours, twin in zip(seconds["mdm"], seconds["twin"], strict=True)]
+    results = {
+        side: {
+            "loss": losses[side],
+            "activation_bytes": memory[side],
+            "seconds": statistics.median(seconds[side]),
+            "seconds_all": seconds[side],
+            "tokens_per_second": tokens / statistics.median(seconds[side]),
+        }
+        for side in SIDES
+    }
+    record = make_record(
+        "train_step",
+        {
+            **results,
+            "memory_ratio": memory["mdm"] / memory["twin"],
+            "time_ratio": statistics.median(ratios),
+            "time_ratio_std_err": _std_err(ratios),
+            "n": settings.repeats,
+            "masked_tokens": int(setting.batch.masked_BL.sum()),
+        },
+        settings=dataclasses.asdict(settings),
+        seed=settings.seed,
+    )
+    append_record(path, record)
+    return record
+
+
+def make_setting(settings: StepSettings) -> Setting:
+    """Student, teacher and one batch of random tokens, on the GPU if there is one."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    denoiser = convert(StudentSettings(init=settings.model, layers=settings.layers)).to(device)
+    teacher = load_teacher(settings.model, denoiser.vocab, dtype=torch.bfloat16)
+    teacher.model.to(device)
+    if settings.checkpointing:
+        denoiser.model.gradient_checkpointing_enable({"use_reentrant": False})
+    denoiser.train()
+    random = torch.Generator().manual_seed(settings.seed)
+    shape = (settings.rows, settings.length)
+    tokens_BL = torch.randint(0, teacher.num_tokens, shape, generator=random)
+    maskable_BL = torch.ones_like(tokens_BL, dtype=torch.bool)
+    maskable_BL[:, 0] = False
+    batch = mask_batch(
+        OBJECTIVE,
+        tokens_BL,
+        torch.zeros_like(tokens_BL),
+        maskable_BL,
+        mask_id=denoiser.mask_id,
+        seed=settings.seed,
+        step=0,
+        samples=range(settings.rows),
+        samples_per_step=settings.rows,
+    )
+    return Setting(denoiser, teacher, batch.to(device))
+
+
+def run_once(setting: Setting, side: str) -> float:
+    """Forward, backward, and the loss; gradients are freed."""
+    device = setting.denoiser.device
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        loss = SIDES[side](setting)
+    loss.backward()
+    value = float(loss.detach())
+    setting.denoiser.zero_grad(set_to_none=True)
+    return value
+
+
+def mdm_loss(setting: Setting) -> torch.Tensor:
+    """The step as the trainer takes it."""
+    batch = setting.batch
+    targets = soft_targets(setting.teacher, batch, TARGET, OBJECTIVE.kd_temperature)
+    ce, kd = loss_sums(setting.denoiser, batch, targets, OBJECTIVE) / batch.denominator
+    return (1 - OBJECTIVE.kd_lambda) * ce + OBJECTIVE.kd_lambda * kd
+
+
+def twin_loss(setting: Setting) -> torch.Tensor:
+    """The same objective with full-vocabulary logits at all positions."""
+    batch, teacher = setting.batch, setting.teacher
+    student_BLV = setting.denoiser.model(batch.xt_BL, use_cache=False).logits[:, :-1].float()
+    with torch.no_grad():
+        teacher_BLV = teacher.model(batch.x0_BL, use_cache=False).logits[:, :-1].float()
+    log_q_BLV = student_BLV.log_softmax(-1)
+    log_p_BLV = teacher_BLV.log_softmax(-1)
+    target_BL = batch.x0_BL[:, 1:]
+    ce_BL = -log_q_BLV.gather(-1, target_BL[..., None])[..., 0]
+    shared = log_p_BLV.shape[-1]
+    kd_BL = (log_p_BLV.exp() * (log_p_BLV - log_q_BLV[..., :shared])).sum(-1)
+    share = OBJECTIVE.kd_lambda
+    loss_BL = (1 - share) * ce_BL * batch.ce_weight_BL[:, 1:]
+    loss_BL = loss_BL + share * kd_BL * batch.kd_weight_BL[:, 1:]
+    return loss_BL.sum() / batch.denominator
+
+
+SIDES: dict[str, Callable[[Setting], torch.Tensor]] = {"mdm": mdm_loss, "twin": twin_loss}
+
+
+def memory_in_fresh_process(side: str, settings: StepSettings) -> int:
+    """Peak bytes of one step above what stood before it."""
+    command = [sys.executable, "-m", "mdm.benchmarks.train_step", side]
+    environment = {
+        **os.environ,
+        # Freed tensors go back to the system at once, so that resident memory is what is in use.
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+    }
+    result = subprocess.run(
+        [*command, json.dumps(dataclasses.asdict(settings))],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if result.returncode:
+        raise RuntimeError(f"the memory run of {side} failed: {result.stderr[-2000:]}")
+    return int(result.stdout.split()[-1])
+
+
+def step_memory(side: str, settings: StepSettings) -> int:
+    """Peak bytes of one step above what stood before it, in this process.
+
+    A first small step makes what stays for good (thread pools, kernels); the gradients themselves
+    are counted, for both sides alike.
+    """
+    run_once(make_setting(dataclasses.replace(settings, rows=1, length=32)), side)
+    setting = make_setting(settings)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run_once(setting, side)
+        return torch.cuda.max_memory_allocated() - before
+    before = psutil.Process().memory_info().rss
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the peak below
+    run_once(setting, side)
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    peak = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+    return int(peak.split()[1]) * 1024 - before
+
+
+def describe(record: dict[str, Any]) -> str:
+    """The card for people and, last, the record as one JSON line."""
+    results, settings = record["results"], record["settings"]
+    lines = [
+        f"one distillation step: {settings['model']}, {settings['rows']} rows of"
+        f" {settings['length']}, gradient checkpointing"
+        f" {'on' if settings['checkpointing'] else 'off'}",
+        f"{'':8}{'tokens/s':>10}{'seconds':>10}{'peak memory':>16}{'loss':>10}",
+    ]
+    for side in SIDES:
+        r = results[side]
+        lines.append(
+            f"{side:8}{r['tokens_per_second']:>10.0f}{r['seconds']:>10.2f}"
+            f"{r['activation_bytes'] / 2**20:>12.0f} MiB{r['loss']:>10.3f}"
+        )
+    lines.append(
+        f"mdm / twin: memory {results['memory_ratio']:.2f}, time {results['time_ratio']:.2f}"
+        f" ± {results['time_ratio_std_err']:.2f} (n={results['n']})"
+    )
+    return "\n".join([*lines, json.dumps(record)])
+
+
+def _std_err(values: list[float]) -> float:
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+
+
+if __name__ == "__main__":
+    print(step_memory(sys.argv[1], StepSettings(**json.loads(sys.argv[2]))))

@@ -1,0 +1,130 @@
+"""A canvas: one row on its way from masks to text, and the settings it is denoised with.
+
+Holds no model and takes no step; the sampler does. Shapes: L length, k positions decided in a step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from .config import require
+from .errors import check_known
+from .remasking import REMASKING
+from .schedule import tokens_due
+
+COMPAT = ("default", "llada")
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerSettings:
+    """How masks become tokens.
+
+    steps         denoising steps for all open positions; null = one token a step
+    block_length  tokens decoded together, left to right; null = all at once (plain diffusion)
+    temperature   of proposals; 0 = greedy
+    remasking     which proposals are kept: low_confidence, random, margin or entropy
+    cfg_scale     s of guidance, logits = (1+s)·conditional - s·unconditional; 0 = off
+    suppress_eos  never propose the end token (LLaDA's logits_eos_inf)
+    eos_last      keep an end token only when nothing else is left (confidence_eos_eot_inf)
+    stop_at_eos   close a row once an end token is reached without a gap before it
+    compat        "llada" reproduces the published sampler with its oddities; default: fixed
+    """
+
+    steps: int | None = None
+    block_length: int | None = None
+    temperature: float = 0.0
+    remasking: str = "low_confidence"
+    cfg_scale: float = 0.0
+    suppress_eos: bool = False
+    eos_last: bool = False
+    stop_at_eos: bool = True
+    compat: str = "default"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "block_length"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name} must be at least 1; got {value}")
+        for name in ("temperature", "cfg_scale"):
+            value = getattr(self, name)
+            require(value >= 0, f"{name} must be >= 0 (0 = off); got {value}")
+        check_known("remasking strategy", self.remasking, REMASKING)
+        check_known("compat mode", self.compat, COMPAT)
+
+
+@dataclasses.dataclass
+class Canvas:
+    """One row: tokens given and open positions, and how far its denoising has come.
+
+    ids_L           current tokens; open positions hold the mask
+    valid_L         false at padding
+    given_L         true at the prompt (and suffix): replaced by masks in the unconditional pass
+    open_L          true where a token is still to be decided
+    blocks          slices of the row, decoded in turn
+    steps_per_block denoising steps of each block
+    due             tokens to commit in each remaining step of the current block
+    decided_L       step at which a position was decided, from 0; -1 = given or open
+    nfe             denoiser forwards of this row so far; guidance counts 2
+    """
+
+    ids_L: torch.Tensor
+    valid_L: torch.Tensor
+    given_L: torch.Tensor
+    open_L: torch.Tensor
+    mask_id: int
+    settings: SamplerSettings
+    random: torch.Generator
+    blocks: list[slice]
+    steps_per_block: int
+    due: list[int] = dataclasses.field(default_factory=list)
+    decided_L: torch.Tensor = dataclasses.field(init=False)
+    step: int = 0
+    nfe: int = 0
+    ended: bool = False
+
+    def __post_init__(self) -> None:
+        self.decided_L = torch.full_like(self.ids_L, -1)
+        self.enter_block()
+
+    @property
+    def finished(self) -> bool:
+        """Nothing is left to decide."""
+        return not self.blocks
+
+    def enter_block(self) -> None:
+        """Plan the steps of the first block that needs any; without one the canvas is finished."""
+        while self.blocks and not self.due:
+            due = tokens_due(int(self.open_L[self.blocks[0]].sum()), self.steps_per_block)
+            # The published sampler runs every step; a step that commits nothing is a wasted forward.
+            self.due = due if self.settings.compat == "llada" else [k for k in due if k]
+            if not self.due:
+                self.blocks.pop(0)
+
+    def commit(self, positions_k: torch.Tensor, tokens_k: torch.Tensor) -> None:
+        """Decide these positions and go on to the next step."""
+        self.ids_L[positions_k] = tokens_k
+        # The published sampler may "decide" on the mask itself; then the position stays open.
+        self.open_L[positions_k] = tokens_k == self.mask_id
+        self.decided_L[positions_k] = self.step
+        self.step += 1
+        self.due.pop(0)
+        if not self.due:
+            self.blocks.pop(0)
+            self.enter_block()
+
+    def end(self, fill_id: int) -> None:
+        """Close the row: what is still open becomes `fill_id`."""
+        self.ids_L[self.open_L] = fill_id
+        self.open_L[:] = False
+        self.blocks, self.due, self.ended = [], [], True
+
+
+@dataclasses.dataclass(frozen=True)
+class Commit:
+    """What one step decided in one canvas (`row` numbers the canvases given to `denoise`)."""
+
+    row: int
+    positions_k: torch.Tensor
+    tokens_k: torch.Tensor
+    confidence_k: torch.Tensor

@@ -1,0 +1,163 @@
+"""Rows from tokens: nothing lost, nothing twice, every segment opened, little room wasted."""
+
+import random
+
+import numpy as np
+import pytest
+
+from mdm.train.packing import Packer
+
+START, END, PAD = 1, 2, 0
+
+
+def packer(**changes):
+    settings = {
+        "length": 32,
+        "min_tokens": 4,
+        "packing": True,
+        "eos_padding": "none",
+        "eos_block": 8,
+        "start_id": START,
+        "eos_id": END,
+        "pad_id": PAD,
+    }
+    return Packer(**(settings | changes))
+
+
+def pack(packer, documents):
+    rows = [row for tokens in documents for row in packer.add(tokens)]
+    return rows + packer.finish()
+
+
+def segments(row):
+    """(tokens, maskable) of each segment, after checking that segments are contiguous."""
+    ids = row.document_ids_L
+    count = ids.max() + 1
+    assert (ids == np.concatenate([np.repeat(range(count), np.bincount(ids[ids >= 0])),
+                                   np.full((ids < 0).sum(), -1)])).all()  # fmt: skip
+    return [
+        (row.tokens_L[ids == i].tolist(), row.maskable_L[ids == i].tolist()) for i in range(count)
+    ]
+
+
+def numbered(lengths):
+    """Documents in which every token is different, so that order and loss show."""
+    first = 10
+    for length in lengths:
+        yield list(range(first, first + length))
+        first += length
+
+
+LENGTHS = [
+    [random.Random(seed).choice([3, 5, 20, 31, 32, 60, 300]) for _ in range(40)]
+    for seed in range(5)
+]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("lengths", [*LENGTHS, [31], [30], [29], [3], [27, 3, 27, 3], [34] * 9])
+def test_every_token_comes_once_in_order_and_every_segment_is_opened(lengths, packing):
+    documents = list(numbered(lengths))
+    rows = pack(packer(packing=packing), documents)
+    found = []
+    for row in rows:
+        parts = segments(row)
+        assert len(parts) == 1 or packing
+        for tokens, maskable in parts:
+            assert tokens[0] == START
+            assert maskable == [False] + [True] * (len(tokens) - 1)
+            assert len(tokens) - 1 >= 4  # min_tokens, also for the pieces of a long document
+            found += tokens[1:]
+        padding = row.document_ids_L == -1
+        assert (row.tokens_L[padding] == PAD).all()
+        assert not row.maskable_L[padding].any()
+    assert found == [token for document in documents for token in (*document, END)]
+
+
+def test_segments_of_different_documents_have_different_ids():
+    (row,) = pack(packer(), [[5] * 4, [6] * 4, [7] * 4])
+    assert [set(tokens) for tokens, _ in segments(row)] == [{START, END, t} for t in (5, 6, 7)]
+
+
+def test_little_room_is_wasted():
+    lengths = [random.Random(1).randint(10, 400) for _ in range(300)]
+    rows = pack(packer(length=128, min_tokens=8), list(numbered(lengths)))
+    padding = np.mean([(row.document_ids_L < 0).mean() for row in rows])
+    assert padding < 0.02
+
+
+def test_rows_have_small_exact_types():
+    (row,) = pack(packer(), [[5] * 4])
+    assert [column.dtype for column in row] == [np.int32, np.int32, np.bool_]
+    assert {len(column) for column in row} == {32}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "prompt", "reason"),
+    [
+        ([5] * 2, None, "too short"),
+        ([5] * 3, None, None),  # the eos counts
+        ([5], [9] * 29, None),  # start + 29 + one token + eos
+        ([5], [9] * 30, "prompt too long"),
+        ([5] * 99, [9] * 27, None),  # room for min_tokens of the response
+        ([5] * 99, [9] * 28, "prompt too long"),
+        ([], [9], "empty"),
+        ([5], [], None),
+    ],
+)
+def test_refusals(tokens, prompt, reason):
+    one = packer()
+    assert one.refusal(tokens, prompt) == reason
+    if reason is None:
+        one.add(tokens, prompt)
+    else:
+        with pytest.raises(AssertionError):
+            one.add(tokens, prompt)
+
+
+def test_a_response_is_learnt_and_its_prompt_is_not():
+    (row,) = packer().add([5, 6], prompt=[8, 9])
+    assert row.tokens_L[:7].tolist() == [START, 8, 9, 5, 6, END, PAD]
+    assert row.maskable_L.nonzero()[0].tolist() == [3, 4, 5]
+    assert row.document_ids_L.tolist() == [0] * 6 + [-1] * 26
+
+
+def test_a_template_that_opens_with_the_start_token_is_not_opened_twice():
+    (row,) = packer().add([5, 6], prompt=[START, 9])
+    assert row.tokens_L[:5].tolist() == [START, 9, 5, 6, END]
+
+
+@pytest.mark.parametrize(
+    ("eos_padding", "response", "targets"),
+    [
+        ("none", 2, 3),
+        ("block", 2, 8),
+        ("block", 7, 8),  # the eos fills the block
+        ("block", 8, 16),
+        ("block", 24, 29),  # the end of the row comes before the end of the block
+        ("row", 2, 29),
+    ],
+)
+def test_eos_padding_is_learnt_and_the_rest_is_not(eos_padding, response, targets):
+    (row,) = packer(eos_padding=eos_padding).add([5] * response, prompt=[8, 9])
+    expected = [5] * response + [END] * (targets - response)
+    assert row.tokens_L[3 : 3 + targets].tolist() == expected
+    assert row.maskable_L.tolist() == [False] * 3 + [True] * targets + [False] * (29 - targets)
+    assert (row.document_ids_L[3 + targets :] == -1).all()
+
+
+@pytest.mark.parametrize("eos_padding", ["none", "block", "row"])
+def test_a_cut_response_has_no_eos(eos_padding):
+    (row,) = packer(eos_padding=eos_padding).add([5] * 40, prompt=[8, 9])
+    assert row.tokens_L.tolist() == [START, 8, 9] + [5] * 29
+    (row,) = packer(eos_padding=eos_padding).add([5] * 28, prompt=[8, 9])
+    assert row.tokens_L.tolist()[-2:] == [5, END]
+
+
+def test_a_response_leaves_the_open_row_alone():
+    one = packer()
+    assert one.add([5] * 6) == []
+    assert len(one.add([6], prompt=[7])) == 1
+    assert one.add([8] * 6) == []
+    (row,) = one.finish()
+    assert [set(tokens) for tokens, _ in segments(row)] == [{START, 5, END}, {START, 8, END}]
