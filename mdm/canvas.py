@@ -105,8 +105,9 @@ class Canvas:
         """Decide these positions and go on to the next step."""
         self.ids_L[positions_k] = tokens_k
         # The published sampler may "decide" on the mask itself; then the position stays open.
-        self.open_L[positions_k] = tokens_k == self.mask_id
-        self.decided_L[positions_k] = self.step
+        decided_k = positions_k[tokens_k != self.mask_id]
+        self.open_L[decided_k] = False
+        self.decided_L[decided_k] = self.step
         self.step += 1
         self.due.pop(0)
         if not self.due:

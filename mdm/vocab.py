@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -66,13 +67,30 @@ class Vocab:
                 "this tokenizer has no chat template; give rows with `prompt` and `response` instead"
                 " of `messages`"
             )
-        encoded = self.tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
+        texts = [message["content"] for message in messages]
+        added = [str(token) for token in self.tokenizer.added_tokens_decoder.values()]
+        if not any(token in text for token in added for text in texts):
+            return self._template_ids(self._in_template(messages))
+        # A text that spells a special token must not become one: it is encoded by itself.
+        marks = [f"\ue000{i}\ue001" for i in range(len(texts))]
+        marked = [{**m, "content": mark} for m, mark in zip(messages, marks, strict=True)]
+        ids: list[int] = []
+        for piece in re.split("(\ue000[0-9]+\ue001)", self._in_template(marked)):
+            if piece in marks:
+                ids += self.encode(texts[marks.index(piece)])
+            else:
+                ids += self._template_ids(piece)
+        return ids
+
+    def _in_template(self, messages: Sequence[Mapping[str, str]]) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
+            )
         )
-        return list(encoded["input_ids"])
+
+    def _template_ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def decode(self, ids: Sequence[int], *, keep_special: bool = False) -> str:
         """Text of ids; special tokens are left out unless `keep_special`."""

@@ -217,6 +217,9 @@ def test_rows_of_other_encodings_and_cut_files_are_refused(tmp_path):
     (tmp_path / "cut.jsonl.gz").write_bytes(whole[:-20])
     with pytest.raises(DataError, match="cannot read"):
         read(tmp_path / "cut.jsonl.gz")
+    (tmp_path / "bad.jsonl.gz").write_bytes(whole[:10] + b"\xff" + whole[11:])
+    with pytest.raises(DataError, match="cannot read"):
+        read(tmp_path / "bad.jsonl.gz")
     (tmp_path / "no.jsonl.gz").write_bytes(b"plain")
     with pytest.raises(DataError, match="cannot read"):
         read(tmp_path / "no.jsonl.gz")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 
 import pytest
@@ -106,6 +107,14 @@ def test_a_small_corpus_still_fills_both_splits(tmp_path, fraction):
     train, held_out = documents(data)
     assert (len(train), len(held_out)) == (4, 1)
     assert data.manifest["splits"]["train"]["documents"] == 4
+
+
+def test_a_small_limit_does_not_hide_the_documents_to_hold_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(splits, "_BATCH_CHARACTERS", 100)
+    source = write_texts(tmp_path / "a.jsonl", 5, size=200)
+    limited = settings(source, held_out_fraction=1e-9, max_tokens=10)
+    data = prepare(limited, VOCAB, tmp_path / "out")
+    assert (len(data.train), data.manifest["splits"]["held_out"]["documents"]) == (1, 1)
 
 
 def test_one_document_cannot_be_split(tmp_path):
@@ -265,6 +274,7 @@ def test_any_change_prepares_anew(tmp_path, code):
         lambda out: (out / "train" / "tokens.npy").unlink(),
         lambda out: os.truncate(out / "train" / "tokens.npy", 200),
         lambda out: (out / "held_out" / "maskable.npy").write_bytes(b""),
+        lambda out: shutil.copytree(out / "held_out", out / "train", dirs_exist_ok=True),
     ],
 )
 def test_half_written_data_is_not_taken_for_finished(tmp_path, code, damage):

@@ -78,6 +78,17 @@ def byte_tokenizer(extra_special: tuple[str, ...] = ()) -> PreTrainedTokenizerFa
     )
 
 
+def word_tokenizer(num_words: int = 12) -> PreTrainedTokenizerFast:
+    """One token per word `w0 w1 …`, id = number; then start (bos), end and pad. No mask token."""
+    words = {f"w{i}": i for i in range(num_words)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens([START, END, PAD])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=START, eos_token=END, pad_token=PAD
+    )
+
+
 # --- random models -----------------------------------------------------------------------------
 
 

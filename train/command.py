@@ -28,6 +28,9 @@ import click
     "--dry-run", is_flag=True, help="Print what would be done: parameters, tokens, memory."
 )
 @click.option("--list", "list_recipes", is_flag=True, help="List the recipes that come with mdm.")
+@click.option(
+    "--settings", "show_settings", is_flag=True, help="Explain every setting of a recipe."
+)
 def train(
     recipe: str | None,
     assignments: tuple[str, ...],
@@ -37,6 +40,7 @@ def train(
     overwrite: bool,
     dry_run: bool,
     list_recipes: bool,
+    show_settings: bool,
 ) -> None:
     """Distil an autoregressive teacher into a masked diffusion student.
 
@@ -52,10 +56,13 @@ def train(
     from mdm.errors import ConfigError
 
     from . import processes
-    from .recipe import DEFAULT_RECIPE, read_recipe, shipped_recipes
+    from .recipe import DEFAULT_RECIPE, describe_settings, read_recipe, shipped_recipes
 
     if list_recipes:
         click.echo("\n".join(shipped_recipes()))
+        return
+    if show_settings:
+        click.echo(describe_settings())
         return
     if resume is not None and (recipe or assignments or name or overwrite):
         raise ConfigError(

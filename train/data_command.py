@@ -65,7 +65,12 @@ def functions(source: str, output: Path, limit: int | None) -> None:
 
 @data.command()
 @click.argument("sources", nargs=-1, required=True)
-@click.option("--tokenizer", required=True, help="Model or tokenizer folder.")
+@click.option(
+    "--tokenizer",
+    default="embedded",
+    show_default=True,
+    help='Model or tokenizer folder, or "embedded".',
+)
 @click.option(
     "--set",
     "assignments",
@@ -82,8 +87,10 @@ def inspect(sources: tuple[str, ...], tokenizer: str, assignments: tuple[str, ..
     """
     import tempfile
 
+    from mdm.checkpoint import load_tokenizer
     from mdm.config import build, override
     from mdm.errors import ConfigError, unknown
+    from mdm.vocab import read_vocab
 
     from .dataset import DataSettings, prepare
 
@@ -91,29 +98,12 @@ def inspect(sources: tuple[str, ...], tokenizer: str, assignments: tuple[str, ..
     for section in set(tree) - {"data"}:
         raise ConfigError(unknown("section", section, ["data"]))
     settings = build(DataSettings, tree["data"], where="data.")
-    vocab = _read_vocab(tokenizer)
+    vocab = read_vocab(load_tokenizer(tokenizer))
     with tempfile.TemporaryDirectory(prefix="mdm-inspect-") as folder:
         prepared = prepare(settings, vocab, Path(folder) / "data")
         click.echo("\n".join(_summary(prepared.manifest, settings.length)))
         click.echo("\nthe first training row:")
         click.echo("\n".join(_first_row(prepared, vocab)))
-
-
-def _read_vocab(tokenizer: str) -> Vocab:
-    from transformers import AutoTokenizer
-
-    from mdm.errors import CheckpointError
-    from mdm.vocab import read_vocab
-
-    try:
-        loaded = AutoTokenizer.from_pretrained(tokenizer)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(
-            f"cannot load a tokenizer from {tokenizer!r} ({reason});"
-            " give a model or tokenizer folder"
-        ) from error
-    return read_vocab(loaded)
 
 
 def _summary(manifest: Any, length: int) -> list[str]:

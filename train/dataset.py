@@ -184,9 +184,9 @@ def _write(
         )
     if not below or all(split.documents for split in first.splits.values()):
         return first.counts()
-    if first.used == 1:
+    if first.smallest_hash == first.largest_hash:
         raise DataError(
-            f"{', '.join(settings.sources)} has one usable document, so none can be held out"
+            f"{', '.join(settings.sources)} has one usable document or file, so none can be held out"
             f" (skipped: {first.skips}); add documents, or set data.held_out_fraction to 0"
         )
     second = Pass(settings, vocab, folder, first.smallest_hash + 1)

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mdm.errors import DataError
@@ -24,21 +24,31 @@ class Document:
     """Text to learn, and the name of the file or row it came from.
 
     `prompt` is None for plain text. A prompt (text, or chat messages before the assistant's turn)
-    is read but never learnt; then `text` is the response to it.
+    is read but never learnt; then `text` is the response to it. Documents of one `group` (pieces of
+    one file, say) fall on the same side of the held-out split.
     """
 
     text: str
     origin: str
     prompt: str | tuple[Message, ...] | None = None
+    group: str | None = None
 
     def hash(self, seed: int) -> int:
         """A 64-bit hash of the content; blind to trailing white space and kinds of line ending."""
         prompt = self.prompt if isinstance(self.prompt, str | None) else json.dumps(self.prompt)
         lines = (line.rstrip() for line in self.text.rstrip().split("\n"))
         content = "\n".join(lines) if prompt is None else "\0".join((prompt, *lines))
-        key = (seed % 2**64).to_bytes(8, "little")
-        digest = hashlib.blake2b(content.encode(), digest_size=8, key=key)
-        return int.from_bytes(digest.digest(), "little")
+        return _hash(content, seed)
+
+    def split_hash(self, seed: int) -> int:
+        """The 64-bit hash that decides the split: that of the group if there is one."""
+        return self.hash(seed) if self.group is None else _hash(self.group, seed)
+
+
+def _hash(content: str, seed: int) -> int:
+    key = (seed % 2**64).to_bytes(8, "little")
+    digest = hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=8, key=key)
+    return int.from_bytes(digest.digest(), "little")
 
 
 class Skips:
@@ -67,19 +77,23 @@ def document_of_row(row: object, origin: str, column: str | None = None) -> Docu
     """The document in a row of a data file; what the row holds decides what it is.
 
     `column` takes plain text from that key. Otherwise the first found of: `messages`, a chat whose
-    last assistant turn is the response; `prompt` with `response`; `text`, plain text.
+    last assistant turn is the response; `prompt` with `response`; `text`, plain text. An `origin` in
+    the row names the file it was cut from, which is then its group.
     Raises DataError naming `origin` if the row is none of these.
     """
     if not isinstance(row, Mapping):
         raise DataError(f"{origin}: a row must be an object with keys; got {_short(row)}")
+    group = row.get("origin")
+    group = group if isinstance(group, str) else None
     if column is not None:
-        return Document(_text(row, column, origin), origin)
+        return Document(_text(row, column, origin), origin, group=group)
     if "messages" in row:
-        return _chat(row["messages"], origin)
+        return replace(_chat(row["messages"], origin), group=group)
     if "prompt" in row and "response" in row:
-        return Document(_text(row, "response", origin), origin, _text(row, "prompt", origin))
+        prompt = _text(row, "prompt", origin)
+        return Document(_text(row, "response", origin), origin, prompt, group)
     if "text" in row:
-        return Document(_text(row, "text", origin), origin)
+        return Document(_text(row, "text", origin), origin, group=group)
     raise DataError(
         f"{origin}: the row has the keys {', '.join(map(str, row)) or '(none)'}; expected `text`,"
         " or `prompt` and `response`, or `messages`"

@@ -90,14 +90,13 @@ def _functions(tree: ast.Module) -> Iterator[tuple[str, _Function]]:
 
 
 def _can_be_cut(function: _Function, lines: list[str]) -> bool:
-    """Whether there is a docstring on lines of its own, and a body worth learning after it."""
+    """Whether there is a docstring that ends its line, and a body worth learning after it."""
     docstring, *body = function.body
     if ast.get_docstring(function, clean=False) is None or all(map(_is_trivial, body)):
         return False
     assert docstring.end_lineno is not None, "ast.parse sets it"
-    before = lines[docstring.lineno - 1].encode()[: docstring.col_offset]
     after = lines[docstring.end_lineno - 1].encode()[docstring.end_col_offset :].strip()
-    return not before.strip() and (not after or after.startswith(b"#"))
+    return not after or after.startswith(b"#")
 
 
 def _is_trivial(statement: ast.stmt) -> bool:

@@ -63,7 +63,12 @@ def jsd(log_p_nK: torch.Tensor, log_q_nK: torch.Tensor, *, beta: float) -> torch
         return forward_kl(log_p_nK, log_q_nK)
     if beta == 1:
         return reverse_kl(log_p_nK, log_q_nK)
-    log_m_nK = torch.logaddexp(log_p_nK + math.log(beta), log_q_nK + math.log1p(-beta))
+    # Where both are -inf the mixture does not count, but its gradient would be NaN.
+    neither_nK = (log_p_nK == float("-inf")) & (log_q_nK == float("-inf"))
+    log_m_nK = torch.logaddexp(
+        log_p_nK.masked_fill(neither_nK, 0.0) + math.log(beta),
+        log_q_nK.masked_fill(neither_nK, 0.0) + math.log1p(-beta),
+    )
     return beta * forward_kl(log_p_nK, log_m_nK) + (1 - beta) * forward_kl(log_q_nK, log_m_nK)
 
 
@@ -90,28 +95,32 @@ def distillation(
 def _partial(
     scaled_nV: torch.Tensor, ids_nK: torch.Tensor, log_p_nK: torch.Tensor, _tail_n: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return log_p_nK, scaled_nV.gather(-1, ids_nK) - scaled_nV.logsumexp(-1, keepdim=True)
+    return log_p_nK, _kept(scaled_nV, ids_nK, log_p_nK) - scaled_nV.logsumexp(-1, keepdim=True)
 
 
 def _renormalise(
     scaled_nV: torch.Tensor, ids_nK: torch.Tensor, log_p_nK: torch.Tensor, _tail_n: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    used_nK = log_p_nK > float("-inf")
-    kept_nK = scaled_nV.gather(-1, ids_nK).masked_fill(~used_nK, float("-inf"))
-    return log_p_nK.log_softmax(-1), kept_nK.log_softmax(-1)
+    return log_p_nK.log_softmax(-1), _kept(scaled_nV, ids_nK, log_p_nK).log_softmax(-1)
 
 
 def _bucket(
     scaled_nV: torch.Tensor, ids_nK: torch.Tensor, log_p_nK: torch.Tensor, tail_n: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    used_nK = log_p_nK > float("-inf")
-    log_q_nK = scaled_nV.gather(-1, ids_nK) - scaled_nV.logsumexp(-1, keepdim=True)
-    log_q_nK = log_q_nK.masked_fill(~used_nK, float("-inf"))
+    log_q_nK = _kept(scaled_nV, ids_nK, log_p_nK) - scaled_nV.logsumexp(-1, keepdim=True)
     rest_n = log1mexp(log_q_nK.logsumexp(-1))
+    # The student's rest is never below eps, so the teacher's is not either: a tail that is 0, or
+    # rounds to it, would make the reverse KL infinite.
+    tail_n = tail_n.clamp(min=torch.finfo(tail_n.dtype).eps)
     return (
         torch.cat([log_p_nK, tail_n.log()[:, None]], dim=-1),
         torch.cat([log_q_nK, rest_n[:, None]], dim=-1),
     )
+
+
+def _kept(scaled_nV: torch.Tensor, ids_nK: torch.Tensor, log_p_nK: torch.Tensor) -> torch.Tensor:
+    """(n, K) the student's logits of the kept tokens, -inf in slots the teacher does not use."""
+    return scaled_nV.gather(-1, ids_nK).masked_fill(log_p_nK == float("-inf"), float("-inf"))
 
 
 TAILS: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {
@@ -141,10 +150,11 @@ def linear_ramp(step: int, *, ramp_steps: int) -> float:
     return 1.0 if ramp_steps == 0 else min(1.0, (step + 1) / ramp_steps)
 
 
-def check_tail(divergence: str, tail: str, target: str) -> None:
-    """Refuse combinations that are infinite by construction (ConfigError)."""
-    if divergence == "reverse_kl" and target == "suffix" and tail != "renormalise":
+def check_tail(divergence: str, tail: str, *, truncated: bool) -> None:
+    """Refuse the reverse KL to `truncated` targets, which give most tokens no mass at all."""
+    if divergence == "reverse_kl" and truncated and tail != "renormalise":
         raise ConfigError(
-            "reverse_kl of suffix-scored targets is infinite: they give no mass outside the"
-            " candidates; set objective.tail=renormalise or objective.divergence=forward_kl"
+            "reverse_kl is infinite for targets without mass outside the kept tokens"
+            " (target.kind=suffix, or target.top_p below 1); set objective.tail=renormalise or"
+            " objective.divergence=forward_kl"
         )

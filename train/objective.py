@@ -41,7 +41,8 @@ class ObjectiveSettings:
     masking         "rate": each token masked with probability 1 - alpha(t); "exact": exactly l tokens
     schedule        noise schedule of masking=rate: linear or cosine
     min_t           smallest noise level drawn; the weight 1/t is at most 1/min_t
-    weight          "bound" or "mean_masked", see the table above
+    weight          "bound": 1/t or L/l, the likelihood bound per token; "mean_masked": plain mean over
+                    masked tokens, which stresses high noise and is no bound
     label_smoothing of the cross-entropy; 0 = off
     kd_lambda       weight of distillation in (1-λ)·CE + λ·T²·KL; 0 = no teacher is loaded
     kd_ramp_steps   steps over which λ grows linearly from 0; 0 = at once
@@ -211,15 +212,16 @@ def soft_targets(
     settings: TargetSettings,
     temperature: float,
 ) -> SoftTargets:
-    """The teacher's answer for the distilled positions of a batch."""
-    return TARGETS[settings.kind](
-        teacher,
-        batch.x0_BL,
-        batch.distilled_BL,
-        batch.document_ids_BL,
-        settings=settings,
-        temperature=temperature,
-    )
+    """The teacher's answer for the distilled positions of a batch, in the precision of its weights."""
+    with torch.autocast(batch.x0_BL.device.type, enabled=False):
+        return TARGETS[settings.kind](
+            teacher,
+            batch.x0_BL,
+            batch.distilled_BL,
+            batch.document_ids_BL,
+            settings=settings,
+            temperature=temperature,
+        )
 
 
 def loss_sums(
@@ -277,7 +279,8 @@ def check_objective(objective: ObjectiveSettings, target: TargetSettings) -> Non
     """Settings that are each right but do not fit together: raise ConfigError."""
     check_known("target.kind", target.kind, TARGETS)
     if objective.kd_lambda > 0:
-        check_tail(objective.divergence, objective.tail, target.kind)
+        truncated = target.kind == "suffix" or target.top_p < 1
+        check_tail(objective.divergence, objective.tail, truncated=truncated)
 
 
 def _rows_at(at_N: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -76,12 +76,12 @@ class Packer:
             context = self._opened(prompt)
             return [self._row([_Segment(context, self._response(tokens, len(context)))])]
         rows = []
-        rest = [*tokens, self.eos_id]
-        while rest:
-            size = self._piece(len(rest))
+        targets, done = [*tokens, self.eos_id], 0
+        while done < len(targets):
+            size = self._piece(len(targets) - done)
             if size:
-                self._open.append(_Segment([self.start_id], rest[:size]))
-                rest = rest[size:]
+                self._open.append(_Segment([self.start_id], targets[done : done + size]))
+                done += size
             if not size or not self.packing:
                 rows += self.finish()
         return rows

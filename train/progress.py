@@ -24,7 +24,7 @@ class Progress:
         self.tokens = 0
         self.live = active and sys.stderr.isatty()
         self.path = folder / "metrics.jsonl"
-        self.board = open_tensorboard(folder / "tensorboard") if active and board else None
+        self.board = open_tensorboard(folder / "tensorboard", first) if active and board else None
         if active:
             _keep_until(self.path, first)
 
@@ -78,8 +78,8 @@ class Progress:
                     self.board.add_scalar(name, value, entry["step"])
 
 
-def open_tensorboard(folder: Path) -> Any:
-    """A TensorBoard writer; ConfigError if the package is missing."""
+def open_tensorboard(folder: Path, first: int) -> Any:
+    """A TensorBoard writer that hides events after step `first`; ConfigError without the package."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -87,7 +87,7 @@ def open_tensorboard(folder: Path) -> Any:
             "train.tensorboard=true needs the package tensorboard; install mdm-code[tensorboard]"
             " or set train.tensorboard=false"
         ) from error
-    return SummaryWriter(str(folder))
+    return SummaryWriter(str(folder), purge_step=first + 1)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -103,8 +103,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _keep_until(path: Path, step: int) -> None:
-    """Drop entries after `step`: a resumed run writes them again."""
-    kept = [entry for entry in read_metrics(path) if entry["step"] <= step]
+    """Drop entries after `step`, all if it is 0: the run writes them again."""
+    kept = [entry for entry in read_metrics(path) if entry["step"] <= step] if step else []
     draft = path.with_suffix(".draft")
     draft.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
     os.replace(draft, path)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import json
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from mdm.config import build, override, read_yaml, require
+from mdm.config import build, override, read_yaml, require, to_tree
 from mdm.convert import StudentSettings
 from mdm.errors import ConfigError, check_known, unknown
 
@@ -82,16 +84,20 @@ class TrainSettings:
     eval_every: int = 0
     eval_rows: int = 64
     eval_draws: int = 2
-    checkpoint_every: int = 0
+    checkpoint_every: int = 100
     keep_checkpoints: int = 2
     max_minutes: float = 0.0
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_rows", "micro_rows", "eval_rows", "eval_draws"):
+        for name in (
+            "steps", "batch_rows", "micro_rows", "eval_rows", "eval_draws", "keep_checkpoints"
+        ):  # fmt: skip
             value = getattr(self, name)
             require(value >= 1, f"train.{name} must be at least 1; got {value}")
-        for name in ("warmup_steps", "clip", "eval_every", "checkpoint_every", "max_minutes"):
+        for name in (
+            "warmup_steps", "weight_decay", "clip", "eval_every", "checkpoint_every", "max_minutes"
+        ):  # fmt: skip
             value = getattr(self, name)
             require(value >= 0, f"train.{name} must be >= 0; got {value}")
         require(
@@ -101,7 +107,10 @@ class TrainSettings:
             value = getattr(self, name)
             require(0 <= value <= 1, f"train.{name} must be in [0, 1]; got {value}")
         require(0 <= self.ema_decay < 1, f"train.ema_decay must be in [0, 1); got {self.ema_decay}")
-        require(len(self.betas) == 2, f"train.betas must be two numbers; got {self.betas}")
+        require(
+            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            f"train.betas must be two numbers in [0, 1); got {list(self.betas)}",
+        )
         check_known("train.lr_schedule", self.lr_schedule, LR_SCHEDULES)
         check_known("train.precision", self.precision, PRECISIONS)
 
@@ -149,3 +158,30 @@ def read_recipe(name: str, assignments: Sequence[str] = ()) -> Recipe:
     else:
         raise ConfigError(unknown("recipe", name, shipped_recipes()) + ", or give a .yaml file")
     return build(Recipe, override(tree, assignments))
+
+
+def describe_settings() -> str:
+    """Every setting with its default and what it means, from the docstrings of the sections."""
+    lines = []
+    for section in dataclasses.fields(Recipe)[1:]:
+        settings = getattr(Recipe(), section.name)
+        lines.append(f"{section.name}")
+        meanings = inspect.getdoc(type(settings)) or ""
+        for name, value in to_tree(settings).items():
+            lines.append(f"  {name} = {json.dumps(value)}")
+            lines += [f"      {line}" for line in meaning_of(name, meanings)]
+    return "\n".join(lines)
+
+
+def meaning_of(name: str, docstring: str) -> list[str]:
+    """The lines of a docstring's table that belong to `name`: its own, and indented ones after it."""
+    found: list[str] = []
+    for line in docstring.splitlines():
+        key, _, text = line.partition(" ")
+        if key == name:
+            found.append(text.strip())
+        elif found and line.startswith("  "):
+            found.append(line.strip())
+        elif found:
+            break
+    return found

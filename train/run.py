@@ -44,6 +44,7 @@ WRITTEN = (
     "before.safetensors",
     "loss.png",
     "record.jsonl",
+    "tensorboard",
 )
 
 
@@ -82,7 +83,7 @@ class Outcome:
 def new_run(recipe: Recipe, runs: Path, *, overwrite: bool = False) -> Path:
     """Make the folder of a new run. Raises ConfigError if there is one, unless it is to be replaced."""
     folder = runs / recipe.name
-    if (folder / "recipe.yaml").exists() and not overwrite:
+    if not overwrite and any((folder / part).exists() for part in ("recipe.yaml", *WRITTEN)):
         raise ConfigError(
             f"{folder} holds a run already; continue it with `mdm train --resume {folder}`,"
             " replace it with --overwrite, or give another --name"

@@ -1,6 +1,7 @@
 """One reading of a corpus: documents are deduplicated, split, tokenised, packed and written.
 
-Every document is either held out or trained on, by a hash of its text: never by its place.
+Every document is either held out or trained on, by a hash of its text or of its group: never by
+its place.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ class Pass:
     ) -> None:
         self.skips = Skips()
         self.duplicates = self.used = 0
-        self.smallest_hash = 2**64
+        self.smallest_hash, self.largest_hash = 2**64, -1
         self.splits: dict[str, _Split] = {}
         self._settings, self._vocab, self._folder = settings, vocab, folder
         self._held_out_below = held_out_below
@@ -132,15 +133,15 @@ class Pass:
         return self.splits["held_out" if document_hash < self._held_out_below else "train"]
 
     def _unique(self, documents: Iterable[Document]) -> Iterator[tuple[int, Document]]:
-        """Documents with their hash, each text once."""
+        """Documents with the hash that decides their split, each text once."""
         seen: set[int] = set()
         for document in documents:
-            document_hash = document.hash(self._settings.split_seed)
-            if document_hash in seen:
+            content_hash = document.hash(self._settings.split_seed)
+            if content_hash in seen:
                 self.duplicates += 1
             else:
-                seen.add(document_hash)
-                yield document_hash, document
+                seen.add(content_hash)
+                yield document.split_hash(self._settings.split_seed), document
 
     def _wanted(self, documents: Iterable[tuple[int, Document]]) -> Iterator[tuple[int, Document]]:
         """Documents that some split has room for; the end, once none has.
@@ -170,6 +171,7 @@ class Pass:
                 )
             self.used += 1
             self.smallest_hash = min(self.smallest_hash, document_hash)
+            self.largest_hash = max(self.largest_hash, document_hash)
             split.add(tokens, prompt)
 
 

@@ -24,7 +24,7 @@ from mdm.errors import CheckpointError, DataError
 
 from .optimizer import WeightAverage
 
-STEP_FOLDER = re.compile(r"step-(\d{6,})")
+STEP_FOLDER = re.compile(r"step-\d{6,}")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -49,7 +49,7 @@ def save_state(
         if average is not None:
             save_file(average.values, draft / "ema.safetensors")
         (draft / "state.json").write_text(json.dumps({"step": step, "data": data}) + "\n")
-    for old in saved_steps(folder)[: -max(1, keep)]:
+    for old in saved_steps(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return target
 
@@ -58,7 +58,8 @@ def saved_steps(folder: Path) -> list[Path]:
     """The finished checkpoints in a folder, oldest first."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if STEP_FOLDER.fullmatch(path.name))
+    found = [path for path in folder.iterdir() if STEP_FOLDER.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def load_state(

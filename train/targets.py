@@ -68,9 +68,8 @@ def keep_top(
     log_probs_NV = (scores_NV / temperature).log_softmax(-1)
     kept = min(top_k, log_probs_NV.shape[-1])
     log_probs_NK, columns_NK = log_probs_NV.topk(kept, dim=-1)
-    whole = kept == log_probs_NV.shape[-1]
-    mass_N = log_probs_NK.exp().sum(-1)
-    tail_N = torch.zeros_like(mass_N) if whole else (1 - mass_N).clamp(0, 1)
+    # Summed, not 1 - the kept mass: a small tail would be nothing but rounding.
+    tail_N = log_probs_NV.scatter(-1, columns_NK, NOT_KEPT).exp().sum(-1)
     ids_NK = columns_NK if token_ids_NV is None else token_ids_NV.gather(-1, columns_NK)
     return SoftTargets(ids_NK, log_probs_NK, tail_N, temperature, conditioned_on)
 

@@ -51,7 +51,8 @@ def train(recipe: Recipe, folder: Path) -> Outcome:
         board=settings.tensorboard,
     )
     before = evaluate_before(run, step)
-    progress.evaluation(0, before.summary())
+    if step == 0:
+        progress.evaluation(0, before.summary())
     began, tokens = time.monotonic(), 0
     run.denoiser.train()
     with stop_signals() as signals:

@@ -7,12 +7,18 @@ V teacher vocabulary, N positions asked for, D width.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mdm.checkpoint import load_ar
-from mdm.denoiser import attention_layout, has_plain_head, probe_attention
+from mdm.denoiser import (
+    attention_layout,
+    has_plain_head,
+    has_sliding_window,
+    probe_attention,
+)
 from mdm.vocab import Vocab, read_vocab, require_same_tokens
 
 if TYPE_CHECKING:
@@ -21,16 +27,25 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class ARTeacher:
-    """A causal language model whose first `num_tokens` ids mean the same to the student."""
+    """A causal language model whose first `num_tokens` ids mean the same to the student.
+
+    `mask_id` is one of them if the student's mask is a reused token, which the student never predicts.
+    """
 
     model: PreTrainedModel
     num_tokens: int
     plain_head: bool
+    mask_id: int | None = None
 
     @property
     def max_length(self) -> int:
-        """Longest row the model was built for, in tokens."""
-        return int(self.model.config.get_text_config().max_position_embeddings)
+        """Longest row the model was built for, in tokens.
+
+        No longer than a sliding window: the masks of packed rows and branches have none.
+        """
+        config = self.model.config.get_text_config()
+        window = getattr(config, "sliding_window", None) if has_sliding_window(config) else None
+        return int(min(config.max_position_embeddings, window or math.inf))
 
     def rows(
         self,
@@ -57,9 +72,12 @@ class ARTeacher:
         return self.model(x_BL, logits_to_keep=outputs_BL, **options).logits
 
     def head(self, rows_ND: torch.Tensor) -> torch.Tensor:
-        """(N, num_tokens) float32 logits; rows of the head that are no token are cut off."""
+        """(N, num_tokens) float32 logits: rows of the head that are no token cut off, the mask -inf."""
         logits_NV = self.model.get_output_embeddings()(rows_ND) if self.plain_head else rows_ND
-        return logits_NV[:, : self.num_tokens].float()
+        logits_NV = logits_NV[:, : self.num_tokens].float()
+        if self.mask_id is not None:
+            logits_NV[:, self.mask_id] = float("-inf")
+        return logits_NV
 
 
 def load_teacher(source: str, student: Vocab, *, dtype: torch.dtype) -> ARTeacher:
@@ -70,7 +88,8 @@ def load_teacher(source: str, student: Vocab, *, dtype: torch.dtype) -> ARTeache
     model, tokenizer = load_ar(source, dtype=dtype)
     probe_attention(model, causal=True)
     num_tokens = require_same_tokens(read_vocab(tokenizer, end_token=_end_token(student)), student)
-    return ARTeacher(model.requires_grad_(False), num_tokens, has_plain_head(model))
+    mask_id = student.mask_id if (student.mask_id or 0) < num_tokens else None
+    return ARTeacher(model.requires_grad_(False), num_tokens, has_plain_head(model), mask_id)
 
 
 def _end_token(student: Vocab) -> str:

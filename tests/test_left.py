@@ -1,0 +1,85 @@
+"""Left-only targets: the teacher's own next-token distribution, aligned with its position."""
+
+import oracles
+import pytest
+import tiny
+import torch
+from tiny_run import ar_teacher
+
+from mdm.train.targets import TargetSettings
+from mdm.train.teachers.left import left_only
+
+V = 5
+X0 = [[0, 3, 1, 4, 2, 2], [0, 1, 1, 3, 0, 4]]
+
+
+def dense(targets):
+    p_NV = torch.zeros(len(targets), V, dtype=torch.float64)
+    return p_NV.scatter_add_(1, targets.token_ids_NK, targets.log_probs_NK.double().exp())
+
+
+def ask(model, x0_BL, wanted_BL=None, ids_BL=None, *, temperature=1.0, **settings):
+    x0_BL = torch.tensor(x0_BL)
+    if wanted_BL is None:
+        wanted_BL = torch.ones_like(x0_BL).bool()
+        wanted_BL[:, 0] = False
+    ids_BL = torch.zeros_like(x0_BL) if ids_BL is None else torch.tensor(ids_BL)
+    options = {"settings": TargetSettings(**settings), "temperature": temperature}
+    return left_only(ar_teacher(model), x0_BL, wanted_BL, ids_BL, **options)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
+def test_equals_the_head_on_what_stands_to_the_left(family):
+    model = tiny.toy_ar(V, family=family)
+    next_log_probs = tiny.next_log_probs(model)
+    expected = [oracles.left_only(next_log_probs, row, i) for row in X0 for i in range(1, 6)]
+    targets = ask(model, X0)
+    torch.testing.assert_close(dense(targets), torch.stack(expected), atol=1e-6, rtol=0)
+    assert targets.conditioned_on == "left"
+
+
+def test_is_not_the_posterior_where_something_visible_stands_to_the_right():
+    model = tiny.toy_ar(V)
+    next_log_probs = tiny.next_log_probs(model)
+    p_NV = dense(ask(model, X0[:1]))
+    distance = []
+    for i in range(1, 6):
+        q_V = oracles.posterior_marginal(next_log_probs, X0[0], [i], i, V, start=1)
+        distance.append(float((p_NV[i - 1] - q_V).abs().sum() / 2))
+    assert min(distance[:-1]) > 0.05
+    assert distance[-1] < 1e-6  # the last position has no right side
+
+
+def test_packed_documents_are_separate_documents_and_padding_is_nothing():
+    model = tiny.toy_ar(V)
+    packed = [[0, 3, 1, 0, 4, 2, 1, 1]]
+    ids = [[0, 0, 0, 1, 1, 1, -1, -1]]
+    wanted = torch.tensor([[0, 1, 1, 0, 1, 1, 0, 0]]).bool()
+    together = dense(ask(model, packed, wanted, ids))
+    alone = [dense(ask(model, [row])) for row in ([0, 3, 1], [0, 4, 2])]
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-6, rtol=0)
+
+
+def test_settings_reach_the_sparse_form():
+    model = tiny.toy_ar(V)
+    whole = dense(ask(model, X0, temperature=1.0))
+    cut = ask(model, X0, top_k=2, temperature=2.0)
+    assert (cut.token_ids_NK.shape[1], cut.temperature) == (2, 2.0)
+    tempered = (whole.log() / 2).softmax(-1)
+    torch.testing.assert_close(
+        cut.tail_mass_N.double(), 1 - tempered.topk(2).values.sum(-1), atol=1e-6, rtol=0
+    )
+    nucleus = ask(model, X0, top_p=0.5)
+    assert (nucleus.log_probs_NK == -torch.inf).any()
+    assert (nucleus.tail_mass_N == 0).all()
+
+
+def test_asks_for_some_positions_only_and_none():
+    model = tiny.toy_ar(V)
+    wanted = torch.zeros(2, 6).bool()
+    assert len(ask(model, X0, wanted)) == 0
+    wanted[1, 4] = True
+    torch.testing.assert_close(dense(ask(model, X0, wanted)), dense(ask(model, X0))[8:9])
+    wanted[0, 0] = True
+    with pytest.raises(AssertionError, match="position 0"):
+        ask(model, X0, wanted)
