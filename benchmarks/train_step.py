@@ -102,7 +102,7 @@ def make_setting(settings: StepSettings) -> Setting:
     teacher = load_teacher(settings.model, denoiser.vocab, dtype=torch.bfloat16)
     teacher.model.to(device)
     if settings.checkpointing:
-        denoiser.model.gradient_checkpointing_enable({"use_reentrant": False})
+        denoiser.model.activation_checkpointing_enable()
     denoiser.train()
     random = torch.Generator().manual_seed(settings.seed)
     shape = (settings.rows, settings.length)

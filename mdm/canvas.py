@@ -6,6 +6,7 @@ Holds no model and takes no step; the sampler does. Shapes: L length, k position
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 
@@ -48,7 +49,7 @@ class SamplerSettings:
             require(value is None or value >= 1, f"{name} must be at least 1; got {value}")
         for name in ("temperature", "cfg_scale"):
             value = getattr(self, name)
-            require(value >= 0, f"{name} must be >= 0 (0 = off); got {value}")
+            require(0 <= value < math.inf, f"{name} must be >= 0 (0 = off); got {value}")
         check_known("remasking strategy", self.remasking, REMASKING)
         check_known("compat mode", self.compat, COMPAT)
 

@@ -327,3 +327,25 @@ def test_a_folder_of_other_things_is_never_replaced(tmp_path, code):
 def test_wrong_settings_are_named(tree, message):
     with pytest.raises(ConfigError, match=message):
         build(DataSettings, tree)
+
+
+def test_rows_cut_from_one_file_are_on_one_side_of_the_split(tmp_path):
+    rows = [
+        {"prompt": f"p{i}", "response": f"{group} " * 12 + str(i), "origin": f"{group}.py"}
+        for group in "abcdef"
+        for i in range(5)
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = DataSettings(
+        sources=(str(path),), length=64, packing=False, held_out_fraction=0.5, split_seed=1
+    )
+    data = prepare(settings, ByteVocab(), tmp_path / "data")
+    sides = {}
+    for name, part in (("train", data.train), ("held_out", data.held_out)):
+        for index in range(len(part)):
+            batch = part.batch([index])
+            learnt = bytes(batch.tokens_BL[batch.maskable_BL].tolist()[:1]).decode()
+            sides.setdefault(learnt, set()).add(name)
+    assert set(sides) == set("abcdef")
+    assert all(len(names) == 1 for names in sides.values())

@@ -126,7 +126,7 @@ def start(recipe: Recipe, folder: Path) -> Run:
         teacher.model.to(device)
     denoiser.to(device)
     if settings.gradient_checkpointing:
-        denoiser.model.gradient_checkpointing_enable({"use_reentrant": False})
+        denoiser.model.activation_checkpointing_enable()
     module: nn.Module = denoiser
     if world > 1:
         devices = [device.index] if device.type == "cuda" else None

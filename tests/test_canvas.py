@@ -1,0 +1,87 @@
+"""Sampler settings and the bookkeeping of one row."""
+
+import pytest
+import torch
+
+from mdm.canvas import Canvas, SamplerSettings
+from mdm.errors import ConfigError
+
+MASK, END = 9, 8
+
+
+def canvas(holes, *, blocks, steps_per_block, compat="default"):
+    """A canvas of 8 positions with these open ones."""
+    open_L = torch.zeros(8, dtype=torch.bool)
+    open_L[holes] = True
+    return Canvas(
+        ids_L=torch.arange(8).masked_fill(open_L, MASK),
+        valid_L=torch.ones_like(open_L),
+        given_L=~open_L,
+        open_L=open_L,
+        mask_id=MASK,
+        settings=SamplerSettings(compat=compat),
+        random=torch.Generator(),
+        blocks=[slice(*block) for block in blocks],
+        steps_per_block=steps_per_block,
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"steps": 0}, "steps must be at least 1; got 0"),
+        ({"block_length": -4}, "block_length must be at least 1; got -4"),
+        ({"temperature": -0.1}, r"temperature must be >= 0 \(0 = off\); got -0.1"),
+        ({"cfg_scale": float("nan")}, "cfg_scale must be >= 0"),
+        ({"cfg_scale": float("inf")}, "cfg_scale must be >= 0"),
+        ({"remasking": "low_conf"}, "unknown remasking strategy 'low_conf'; did you mean 'low_c"),
+        ({"compat": "lada"}, "unknown compat mode 'lada'; did you mean 'llada'"),
+    ],
+)
+def test_settings_are_checked(settings, text):
+    with pytest.raises(ConfigError, match=text):
+        SamplerSettings(**settings)
+
+
+def test_steps_that_commit_nothing_are_dropped_but_for_the_published_sampler():
+    shape = {"blocks": [(2, 4), (4, 6)], "steps_per_block": 3}
+    assert canvas([2, 3, 4], **shape).due == [1, 1]
+    assert canvas([2, 3, 4], **shape, compat="llada").due == [1, 1, 0]
+
+
+def test_blocks_without_open_positions_are_passed_over():
+    row = canvas([5, 6], blocks=[(1, 3), (3, 5), (5, 7)], steps_per_block=1)
+    assert row.blocks == [slice(5, 7)]
+    assert row.due == [2]
+    assert canvas([], blocks=[(1, 3)], steps_per_block=1).finished
+
+
+def test_commits_to_the_end():
+    row = canvas([2, 3, 5], blocks=[(2, 4), (4, 6)], steps_per_block=2)
+    row.commit(torch.tensor([3]), torch.tensor([7]))
+    assert row.ids_L.tolist() == [0, 1, MASK, 7, 4, MASK, 6, 7]
+    assert row.open_L.nonzero().flatten().tolist() == [2, 5]
+    assert not row.finished
+    row.commit(torch.tensor([2]), torch.tensor([0]))
+    assert row.blocks == [slice(4, 6)]  # the next block, planned anew
+    assert row.due == [1]
+    row.commit(torch.tensor([5]), torch.tensor([1]))
+    assert row.finished
+    assert row.decided_L.tolist() == [-1, -1, 1, 0, -1, 2, -1, -1]
+
+
+def test_a_decision_for_the_mask_decides_nothing():
+    row = canvas([2, 3], blocks=[(2, 4)], steps_per_block=2)
+    row.commit(torch.tensor([3]), torch.tensor([MASK]))
+    assert row.open_L.nonzero().flatten().tolist() == [2, 3]
+    assert (row.decided_L == -1).all()
+
+
+def test_end_fills_what_is_open():
+    row = canvas([2, 5], blocks=[(2, 4), (4, 6)], steps_per_block=1)
+    row.end(END)
+    assert row.ids_L.tolist() == [0, 1, END, 3, 4, END, 6, 7]
+    assert row.finished
+    assert row.ended
+    assert not row.open_L.any()
+    assert (row.decided_L == -1).all()  # filled, not decided

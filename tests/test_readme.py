@@ -1,0 +1,91 @@
+"""The README's commands run: with a tiny model and corpus in place of the reader's, and small budgets."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from tiny import byte_tokenizer, tiny_model
+
+from mdm.checkpoint import save_denoiser
+from mdm.cli import COMMANDS, mdm
+from mdm.convert import StudentSettings, convert
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+SMALL = (
+    "train.steps=2 train.eval_rows=2 train.batch_rows=2 train.micro_rows=2 data.length=96"
+    " data.min_tokens=4 train.precision=fp32 teacher.dtype=fp32 data.held_out_fraction=0.3"
+).split()
+
+
+def commands() -> list[list[str]]:
+    """Every `mdm …` and `torchrun …` command in the README's bash blocks."""
+    found, pending = [], ""
+    for block in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines(keepends=True):
+            pending += line
+            try:
+                found.append(shlex.split(pending, comments=True))
+                pending = ""
+            except ValueError:  # an open quotation goes on in the next line
+                continue
+    return [command for command in found if command and command[0] in ("mdm", "torchrun")]
+
+
+def test_every_command_is_found():
+    names = [command[1] for command in commands() if command[0] == "mdm"]
+    assert names.count("generate") == 2
+    assert names.count("train") == 7
+    assert set(names) | {"demo"} == set(COMMANDS)
+    prompts = [command[2] for command in commands() if command[1] == "generate"]
+    assert prompts == ["--prefix", "import os\n"]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with what the README's reader has: a model, code, and a finished run."""
+    monkeypatch.chdir(tmp_path)
+    tiny_model("llama", 259, layers=2).save_pretrained("path/to/model")
+    byte_tokenizer().save_pretrained("path/to/model")
+    student = convert(StudentSettings(init="path/to/model", layers=1))
+    save_denoiser(student, "runs/demo/final")
+    Path("path/to/code").mkdir()
+    for i in range(6):
+        body = "".join(f"    x += {i} * {j}\n" for j in range(4))
+        text = f'def f{i}(x):\n    """Add to x."""\n{body}    return x\n'
+        Path(f"path/to/code/f{i}.py").write_text(text)
+    return tmp_path
+
+
+def shrink(command: list[str]) -> list[str]:
+    """The same command, small enough for a test."""
+    name, arguments = command[1], command[2:]
+    if name == "convert":
+        arguments[arguments.index("--layers") + 1] = "1"
+    if name == "bench":
+        arguments += "--model path/to/model --rows 1 --length 32 --repeats 1".split()
+    if name == "train" and "student.init=students/half" in arguments:
+        arguments += [word for setting in SMALL for word in ("--set", setting)]
+    elif name == "train" and not {"--list", "--settings", "--resume", "--dry-run"} & {*arguments}:
+        arguments += ["--dry-run"]  # the embedded teacher is for `make demo`
+    return [name, *arguments]
+
+
+def test_the_commands_run(place, capsys):
+    half_done = False
+    for command in commands():
+        if command[0] == "torchrun":
+            command = command[command.index("mdm.cli") :]
+        arguments = shrink(command)
+        if "--resume" in arguments:
+            continue  # tests/test_trainer.py kills and resumes real runs
+        mdm.main(arguments, standalone_mode=False)
+        half_done |= "half" in arguments
+    assert half_done
+    assert (place / "runs/half/final/model.safetensors").is_file()
+    output = capsys.readouterr().out
+    assert "def add(a, b):\n    total = " in output
+    assert '"finish_reason"' in output
+    assert "mdm / twin: memory" in output

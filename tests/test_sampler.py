@@ -1,0 +1,401 @@
+"""The denoising loop: against the slow reference, and what must hold whatever the model says.
+
+Token ids: words 0 … 11, start 12, end 13, pad 14, mask 15.
+"""
+
+import itertools
+import math
+from dataclasses import replace
+
+import oracles
+import pytest
+import torch
+from students import ScriptedStudent, random_student
+
+from mdm.canvas import SamplerSettings
+from mdm.errors import ConfigError
+from mdm.sampler import denoise, guide, gumbel_argmax, make_canvas, propose, reached_end
+
+START, END, MASK, V = 12, 13, 15, 16
+G = 8
+FULL = SamplerSettings(stop_at_eos=False)  # every open position is decided
+
+
+def run(denoiser, canvases):
+    """The finished rows and all steps; checks on the way what must always hold."""
+    start = [canvas.ids_L.clone() for canvas in canvases]
+    opened = [canvas.open_L.clone() for canvas in canvases]
+    committed = [{} for _ in canvases]
+    steps = []
+    for step in denoise(denoiser, canvases):
+        steps.append(step)
+        for commit in step.commits:
+            found = dict(zip(commit.positions_k.tolist(), commit.tokens_k.tolist(), strict=True))
+            assert found, "a forward that commits nothing"
+            assert not found.keys() & committed[commit.row].keys(), "decided twice"
+            committed[commit.row] |= found
+        for canvas, first_L, open_L, known in zip(canvases, start, opened, committed, strict=True):
+            assert all(canvas.ids_L[i] == token for i, token in known.items()), "a token changed"
+            assert torch.equal(canvas.ids_L[~open_L], first_L[~open_L]), "a given token changed"
+            if not canvas.ended:
+                assert (canvas.decided_L >= 0).sum() == len(known)
+                assert torch.equal(canvas.open_L, canvas.ids_L == MASK)
+    for canvas, open_L, known in zip(canvases, opened, committed, strict=True):
+        assert not (canvas.ids_L == MASK).any(), "a mask is left"
+        if not canvas.ended:
+            assert known.keys() == set(open_L.nonzero().flatten().tolist())
+    return [canvas.ids_L.tolist() for canvas in canvases], steps
+
+
+def fill(denoiser, ids, settings=FULL, **more):
+    (row,), _ = run(denoiser, [make_canvas(denoiser, ids, settings, **more)])
+    return row
+
+
+# --- against the slow reference ------------------------------------------------------------------
+
+
+def raw_logits(denoiser, given=None, scale=0.0):
+    """canvas -> (L, V) from the raw model: shift and guidance by hand."""
+
+    @torch.no_grad()
+    def one(ids):
+        logits_LV = denoiser.model(torch.tensor([ids]), use_cache=False).logits[0]
+        if denoiser.shift:
+            logits_LV = torch.cat([torch.zeros_like(logits_LV[:1]), logits_LV[:-1]])
+        return logits_LV
+
+    def guided(ids):
+        conditional = one(ids)
+        if scale == 0:
+            return conditional
+        unconditional = one([MASK if i in given else token for i, token in enumerate(ids)])
+        return (1 + scale) * conditional - scale * unconditional
+
+    return guided
+
+
+HOLES = {
+    "continue": [START, 3, 1, *[MASK] * G],
+    "fill": [START, 3, *[MASK] * G, 5, 5],
+    "two holes": [START, *[MASK] * 3, 4, 4, *[MASK] * 5, 2],
+}
+
+
+@pytest.mark.parametrize("name", HOLES)
+@pytest.mark.parametrize(
+    ("family", "shift", "scale"),
+    [("llama", False, 0.0), ("llama", True, 0.7), ("qwen3", True, 0.0), ("gpt2", False, 1.5)],
+)
+def test_equals_slow_greedy_low_confidence(name, family, shift, scale):
+    denoiser = random_student(family, shift=shift, unused_rows=2)
+    ids = HOLES[name]
+    holes = [i for i, token in enumerate(ids) if token == MASK]
+    given = [i for i in range(len(ids)) if i not in holes]
+    for block_length, steps_per_block in itertools.product([None, 4, 3], [None, 1, 2, 3, 9]):
+        size = block_length or len(ids)
+        starts = range(holes[0], holes[-1] + 1, size)
+        blocks = [[i for i in holes if first <= i < first + size] for first in starts]
+        blocks = [block for block in blocks if block]
+        per_block = steps_per_block or size
+        counts = [
+            oracles.llada_transfer_tokens(torch.tensor([len(block)]), per_block)[0].tolist()
+            for block in blocks
+        ]
+        expected, order = oracles.slow_low_confidence_greedy(
+            raw_logits(denoiser, given, scale), ids, holes, blocks, counts, forbidden=[MASK, 16, 17]
+        )
+        steps = steps_per_block and steps_per_block * len(blocks)
+        settings = replace(FULL, steps=steps, block_length=block_length, cfg_scale=scale)
+        canvas = make_canvas(denoiser, ids, settings)
+        (row,), done = run(denoiser, [canvas])
+        assert row == expected
+        assert [step.commits[0].positions_k.tolist() for step in done] == order
+        # T7: no forward without a commit; guidance is a second row of the same forward.
+        assert canvas.nfe == len(order) * (2 if scale else 1)
+        assert [step.step for step in done] == list(range(len(order)))
+
+
+def test_one_block_of_everything_is_plain_diffusion():
+    denoiser = random_student()
+    plain = fill(denoiser, HOLES["continue"])
+    assert fill(denoiser, HOLES["continue"], replace(FULL, block_length=G)) == plain
+    assert fill(denoiser, HOLES["continue"], replace(FULL, block_length=99)) == plain
+    assert fill(denoiser, HOLES["continue"], replace(FULL, block_length=2)) != plain
+
+
+def test_blocks_are_decoded_left_to_right():
+    denoiser = random_student()
+    canvas = make_canvas(denoiser, HOLES["continue"], replace(FULL, block_length=2))
+    _, steps = run(denoiser, [canvas])
+    order = [int(step.commits[0].positions_k) for step in steps]
+    assert [(i - 3) // 2 for i in order] == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+# --- one row does not depend on another ----------------------------------------------------------
+
+ROWS = [
+    ([START, 3, 1, *[MASK] * 6], FULL),
+    ([START, *[MASK] * 9, 5], replace(FULL, temperature=0.8, remasking="random", steps=3)),
+    ([START, 7, 7, 7, *[MASK] * 4], replace(FULL, cfg_scale=1.0, temperature=0.5)),
+    ([START, *[MASK] * 2, 4, *[MASK] * 5], replace(FULL, block_length=4, remasking="margin")),
+    ([START, 2, *[MASK] * 7], replace(FULL, temperature=1.3, block_length=3, remasking="entropy")),
+    ([START, 2, *[MASK] * 7], replace(FULL, cfg_scale=0.4, suppress_eos=True, eos_last=True)),
+    ([START, 1, 1, *[MASK] * 12], SamplerSettings(temperature=1.0)),
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "shift"), [("llama", True), ("gpt2", False), ("gemma3", True)]
+)
+def test_a_row_is_the_same_alone_in_any_batch_and_padded(family, shift):
+    denoiser = random_student(family, shift=shift)
+
+    def canvases(order, padding=0):
+        return [
+            make_canvas(denoiser, [14] * padding + ids, settings, row=i, seed=5, padding=padding)
+            for i in order
+            for ids, settings in [ROWS[i]]
+        ]
+
+    alone = [run(denoiser, canvases([i]))[0][0] for i in range(len(ROWS))]
+    for order in (range(7), [3, 6, 0, 5, 2, 1, 4], [4, 4, 1]):
+        rows, _ = run(denoiser, canvases(order))
+        assert rows == [alone[i] for i in order]
+    rows, _ = run(denoiser, canvases(range(7), padding=3))
+    assert [row[3:] for row in rows] == alone
+
+
+def test_rows_that_are_done_cost_nothing_more():
+    denoiser = random_student()
+    canvases = [make_canvas(denoiser, [START, *[MASK] * n], FULL) for n in (2, 5, 0)]
+    _, steps = run(denoiser, canvases)
+    assert [canvas.nfe for canvas in canvases] == [2, 5, 0]
+    assert [[commit.row for commit in step.commits] for step in steps] == [[0, 1]] * 2 + [[1]] * 3
+
+
+def test_seeds_reproduce_and_differ():
+    denoiser = random_student()
+    settings = replace(FULL, temperature=1.5, remasking="random")
+    texts = {}
+    for seed, row in itertools.product((0, 1), (0, 1)):
+        one, other = (
+            fill(denoiser, HOLES["continue"], settings, seed=seed, row=row) for _ in range(2)
+        )
+        assert one == other
+        texts[seed, row] = tuple(one)
+        torch.manual_seed(seed + 17)  # the global generator has no say
+    assert len(set(texts.values())) == 4
+
+
+# --- what may be proposed ------------------------------------------------------------------------
+
+
+def scripted(favourites, strength=5.0):
+    """Logits that prefer one token, whatever the canvas: {token: bonus}."""
+    logits_V = torch.zeros(V)
+    for token, bonus in favourites.items():
+        logits_V[token] = bonus * strength
+    return ScriptedStudent(lambda xt_BL: logits_V.expand(*xt_BL.shape, V))
+
+
+def sampled(logits_V, temperature, n=4000):
+    """How often each token is proposed for a single open position."""
+    denoiser = ScriptedStudent(lambda xt_BL: logits_V.expand(*xt_BL.shape, V))
+    settings = replace(FULL, temperature=temperature)
+    canvases = [make_canvas(denoiser, [START, MASK], settings, row=i) for i in range(n)]
+    rows, _ = run(denoiser, canvases)
+    return torch.bincount(torch.tensor([row[1] for row in rows]), minlength=V)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_samples_follow_the_tempered_softmax(temperature):
+    logits_V = torch.full((V,), -math.inf)
+    logits_V[:5] = torch.tensor([0.0, 1.0, -1.0, 0.5, 2.0])
+    n = 4000
+    counts_V = sampled(logits_V, temperature, n)
+    expected_V = n * (logits_V / temperature).softmax(-1)
+    assert counts_V[5:].sum() == 0
+    chi_squared = ((counts_V - expected_V) ** 2 / expected_V)[:5].sum()
+    assert chi_squared < 23.5  # 4 degrees of freedom, p = 1e-4
+
+
+def test_proposals_do_not_depend_on_which_token_is_likely_elsewhere():
+    # Two positions with their own distributions: each follows its own.
+    logits_LV = torch.full((3, V), -9.0)
+    logits_LV[1, 4] = logits_LV[2, 7] = 9.0
+    denoiser = ScriptedStudent(lambda xt_BL: logits_LV.expand(len(xt_BL), -1, -1))
+    settings = replace(FULL, temperature=1.0, steps=1)
+    assert fill(denoiser, [START, MASK, MASK], settings) == [START, 4, 7]
+
+
+@pytest.mark.parametrize("remasking", ["low_confidence", "random", "margin", "entropy"])
+@pytest.mark.parametrize("temperature", [0.0, 5.0])
+@pytest.mark.parametrize("cfg_scale", [0.0, 2.0])
+def test_the_mask_is_never_proposed(remasking, temperature, cfg_scale):
+    # T4. Under guidance -inf minus -inf is NaN, and argmax would pick it.
+    settings = replace(FULL, remasking=remasking, temperature=temperature, cfg_scale=cfg_scale)
+    denoiser = scripted({MASK: 10.0})
+    canvas = make_canvas(denoiser, HOLES["two holes"], settings)
+    for step in denoise(denoiser, [canvas]):
+        assert not step.commits[0].confidence_k.isnan().any()
+    assert not (canvas.ids_L == MASK).any()
+
+
+def test_guidance_formula():
+    conditional, unconditional = torch.randn(3, 4), torch.randn(3, 4)
+    conditional[:, 2] = unconditional[:, 2] = -math.inf
+    guided = guide(conditional, unconditional, 0.7)
+    assert (guided[:, 2] == -math.inf).all()
+    kept = [0, 1, 3]
+    expected = 1.7 * conditional[:, kept] - 0.7 * unconditional[:, kept]
+    assert torch.allclose(guided[:, kept], expected, atol=1e-6)
+
+
+def test_extreme_noise_gives_no_nan():
+    # u = 0 makes the noise -inf; the largest u a float64 generator gives makes it about 37.
+    uniforms_nV = torch.tensor([[0.0, 0.5, 1 - 2**-53], [0.0, 0.0, 0.5]], dtype=torch.float64)
+    logits_nV = torch.tensor([[0.0, 1.0, -math.inf], [50.0, -math.inf, 0.0]])
+    assert gumbel_argmax(logits_nV, uniforms_nV, 1.0).tolist() == [1, 2]
+
+
+def test_ties_go_to_the_lowest_token_and_position():
+    # T2: no ties may be broken by chance or by the device.
+    denoiser = scripted({})
+    canvas = make_canvas(denoiser, [START, *[MASK] * 6], FULL)
+    (row,), steps = run(denoiser, [canvas])
+    assert row == [START, *[0] * 6]
+    assert [int(step.commits[0].positions_k) for step in steps] == [1, 2, 3, 4, 5, 6]
+
+
+def test_confidence_is_float32_whatever_the_model_computes_in():
+    # T2: in bfloat16 probabilities just below 1 are all equal.
+    logits_LV = torch.zeros(4, V, dtype=torch.bfloat16)
+    logits_LV[:, 3] = torch.tensor([0.0, 12.0, 12.5, 13.0])
+    denoiser = ScriptedStudent(lambda xt_BL: logits_LV.expand(len(xt_BL), -1, -1))
+    _, steps = run(denoiser, [make_canvas(denoiser, [START, *[MASK] * 3], FULL)])
+    assert [int(step.commits[0].positions_k) for step in steps] == [3, 2, 1]
+
+
+# --- the end token -------------------------------------------------------------------------------
+
+
+def test_proposing_leaves_the_logits_alone():
+    # T10
+    denoiser = scripted({END: 1.0})
+    settings = replace(FULL, suppress_eos=True, eos_last=True, temperature=1.0)
+    canvas = make_canvas(denoiser, [START, MASK], settings)
+    logits_nV = torch.randn(1, V)
+    before = logits_nV.clone()
+    propose(logits_nV, canvas, END)
+    assert torch.equal(logits_nV, before)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 3.0])
+def test_suppressed_end_is_never_proposed(temperature):
+    settings = SamplerSettings(temperature=temperature, suppress_eos=True)
+    row = fill(scripted({END: 10.0}), [START, *[MASK] * 20], settings)
+    assert END not in row
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.01])
+def test_an_end_token_can_be_kept_last(temperature):
+    # T3: at any temperature, unlike the published sampler. Position 2 wants the end, surely.
+    logits_LV = torch.zeros(5, V)
+    logits_LV[1:, 3] = torch.tensor([3.0, 0.0, 4.0, 2.0])
+    logits_LV[2, END] = 9.0
+    denoiser = ScriptedStudent(lambda xt_BL: logits_LV.expand(len(xt_BL), -1, -1))
+    for eos_last, expected in ((False, [2, 3, 1, 4]), (True, [3, 1, 4, 2])):
+        settings = replace(FULL, temperature=temperature, eos_last=eos_last)
+        canvas = make_canvas(denoiser, [START, *[MASK] * 4], settings)
+        (row,), steps = run(denoiser, [canvas])
+        assert [int(step.commits[0].positions_k) for step in steps] == expected
+        assert row == [START, 3, END, 3, 3]
+
+
+def end_at(position, order):
+    """A student that decides positions in this order, the end token at `position`, else word 3."""
+    logits_LV = torch.zeros(len(order) + 1, V)
+    for rank, i in enumerate(order):
+        logits_LV[i, END if i == position else 3] = 20.0 - rank
+    return ScriptedStudent(lambda xt_BL: logits_LV.expand(len(xt_BL), -1, -1))
+
+
+@pytest.mark.parametrize(
+    ("order", "forwards"),
+    [
+        ([1, 2, 3, 4, 5], 2),  # decided next to what is known
+        ([2, 1, 3, 4, 5], 2),  # the gap before it is closed
+        ([2, 3, 4, 5, 1], 5),  # a gap until the last step
+        ([3, 4, 5, 1, 2], 5),
+    ],
+)
+def test_a_row_stops_at_an_end_without_a_gap_before_it(order, forwards):
+    denoiser = end_at(2, order)
+    canvas = make_canvas(denoiser, [START, *[MASK] * 5], SamplerSettings())
+    (row,), _ = run(denoiser, [canvas])
+    assert canvas.nfe == denoiser.forwards == forwards
+    filled = [END if i not in order[:forwards] else 3 for i in (3, 4, 5)]
+    assert row == [START, 3, END, *filled]
+
+    denoiser = end_at(2, order)
+    assert fill(denoiser, [START, *[MASK] * 5], FULL) == [START, 3, END, 3, 3, 3]
+    assert denoiser.forwards == 5
+
+
+def test_a_given_end_token_stops_nothing():
+    # A prompt may contain closed turns.
+    denoiser = scripted({3: 1.0})
+    canvas = make_canvas(denoiser, [START, END, *[MASK] * 3, END], SamplerSettings())
+    (row,), _ = run(denoiser, [canvas])
+    assert row == [START, END, 3, 3, 3, END]
+    assert not reached_end(canvas, END)
+
+
+# --- what a canvas must be -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"steps": 7, "block_length": 4}, "steps is 7, but there are 2 blocks of 4 tokens; make "
+         "steps a multiple of 2, it is the total over all blocks"),
+        ({"steps": 4, "block_length": 3}, "steps is 4, but there are 3 blocks of 3 tokens"),
+    ],
+)  # fmt: skip
+def test_steps_that_do_not_divide_among_the_blocks(settings, text):
+    with pytest.raises(ConfigError, match=text):  # T8
+        make_canvas(random_student(), HOLES["continue"], replace(FULL, **settings))
+
+
+def test_a_canvas_longer_than_the_context():
+    denoiser = random_student(max_position_embeddings=8)
+    make_canvas(denoiser, [START, *[MASK] * 7], FULL)
+    with pytest.raises(ConfigError, match="has 9 tokens, but the model was built for at most 8"):
+        make_canvas(denoiser, [START, *[MASK] * 8], FULL)
+
+
+def test_a_shifted_model_needs_a_token_before_the_first_mask():
+    with pytest.raises(ConfigError, match="must begin with a token"):
+        make_canvas(random_student(shift=True), [MASK, 3], FULL)
+    denoiser = random_student(shift=False)
+    assert MASK not in fill(denoiser, [MASK, 3])
+
+
+def test_a_canvas_without_holes_is_finished():
+    denoiser = random_student()
+    for settings in (FULL, replace(FULL, steps=4, block_length=2), SamplerSettings(compat="llada")):
+        canvas = make_canvas(denoiser, [START, 3, 4], settings)
+        assert canvas.finished
+        assert list(denoise(denoiser, [canvas])) == []
+    assert list(denoise(denoiser, [])) == []
+
+
+def test_one_batch_has_one_compat_mode():
+    denoiser = random_student()
+    canvases = [
+        make_canvas(denoiser, [START, MASK], SamplerSettings(compat=compat))
+        for compat in ("default", "llada")
+    ]
+    with pytest.raises(ConfigError, match="must have the same compat mode"):
+        list(denoise(denoiser, canvases))
