@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 
-@click.command()
+@click.command(short_help="Train on this machine and show the gain.")
 @click.option("--runs", default="runs", show_default=True, help="Folder that holds the runs.")
 @click.option("--recipe", default="demo", show_default=True, help="Recipe by name or YAML file.")
 @click.option("--set", "assignments", multiple=True, metavar="SECTION.KEY=VALUE",
@@ -31,7 +31,7 @@ def demo(runs: str, recipe: str, assignments: tuple[str, ...], holes: int) -> No
     click.echo(last_line(numbers))
 
 
-@click.group()
+@click.group(short_help="Measure time and memory.")
 def bench() -> None:
     """Benchmarks: both sides in one run, a card for people, one JSON line last for programs."""
 

@@ -187,11 +187,13 @@ def memory_in_fresh_process(side: str, settings: StepSettings) -> int:
 def step_memory(side: str, settings: StepSettings) -> int:
     """Peak bytes of one step above what stood before it, in this process.
 
-    A first small step makes what stays for good (thread pools, kernels); the gradients themselves
-    are counted, for both sides alike.
+    What stands before includes weights, gradients and, after a first small step, thread pools and
+    kernels: what is measured is what the step itself needs.
     """
     run_once(make_setting(dataclasses.replace(settings, rows=1, length=32)), side)
     setting = make_setting(settings)
+    for parameter in setting.denoiser.parameters():
+        parameter.grad = torch.zeros_like(parameter)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -66,11 +66,14 @@ def load_ar(
 
 def load_tokenizer(source: str, *, remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of an AR model or denoiser (any source of `load_ar`)."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     place, options = _resolve(source)
+    # Of a denoiser just what was saved: for some architectures AutoTokenizer builds another one.
+    ours = (Path(place) / SETTINGS_FILE).is_file()
+    kind = PreTrainedTokenizerFast if ours else AutoTokenizer
     with _readable(source), _quiet():
-        return AutoTokenizer.from_pretrained(place, trust_remote_code=remote_code, **options)
+        return kind.from_pretrained(place, trust_remote_code=remote_code, **options)
 
 
 def load_config(source: str) -> PretrainedConfig:
@@ -94,6 +97,11 @@ def load_denoiser(path: str | Path, *, dtype: torch.dtype = torch.float32) -> De
     return Denoiser(
         model, vocab, shift=settings["shift"], lineage=tuple(settings["lineage"])
     ).eval()
+
+
+def is_denoiser(path: str | Path) -> bool:
+    """Is this a folder written by `save_denoiser`?"""
+    return (Path(path) / SETTINGS_FILE).is_file()
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
@@ -126,7 +134,7 @@ def save_denoiser(denoiser: Denoiser, path: str | Path) -> None:
     Raises CheckpointError if writing fails, or if `path` holds anything but a denoiser.
     """
     vocab, place = denoiser.vocab, Path(path)
-    ours = (place / SETTINGS_FILE).is_file()
+    ours = is_denoiser(place)
     empty = place.is_dir() and not any(place.iterdir())
     if place.exists() and not ours and not empty:
         raise CheckpointError(

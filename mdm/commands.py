@@ -13,7 +13,7 @@ import click
 MODEL_HELP = "Model folder.  [default: the last finished run in runs/]"
 
 
-@click.command()
+@click.command(short_help="Make an initial student from an AR model.")
 @click.argument("source")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--layers", type=int, help="Layers kept, evenly spread.  [default: all]")
@@ -75,7 +75,7 @@ def convert(
     )
 
 
-@click.command()
+@click.command(short_help="Continue a prompt or fill a hole.")
 @click.argument("prompt", required=False)
 @click.option("--prefix", help="Text before the hole.")
 @click.option("--suffix", help="Text after the hole.")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .checkpoint import load_ar, source_path, weights_hash
+from .checkpoint import is_denoiser, load_ar, source_path, weights_hash
 from .config import require
 from .denoiser import Denoiser
 from .errors import ConfigError, VocabError
@@ -63,6 +63,11 @@ class StudentSettings:
 
 def convert(settings: StudentSettings, *, remote_code: bool = False) -> Denoiser:
     """The initial student. Raises CheckpointError, VocabError or ConfigError."""
+    if is_denoiser(settings.init):
+        raise ConfigError(
+            f"{settings.init} is a student already; train it further with student.init, or convert"
+            " the AR model it came from"
+        )
     source, tokenizer = load_ar(settings.init, remote_code=remote_code)
     vocab = read_vocab(
         tokenizer, start_token=settings.start_token, end_token=settings.end_token
@@ -88,7 +93,7 @@ def convert(settings: StudentSettings, *, remote_code: bool = False) -> Denoiser
             if field.name != "init"
         },
     }
-    return Denoiser(student.eval(), vocab, shift=settings.shift, lineage=(step,))
+    return Denoiser(student, vocab, shift=settings.shift, lineage=(step,)).eval()
 
 
 def make_bidirectional(model: PreTrainedModel) -> None:

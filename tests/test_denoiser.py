@@ -42,7 +42,9 @@ def special_student(family):
 
 
 def student(family="llama", **settings):
-    return special_student(family) if family in SPECIAL_HEADS else random_student(family, **settings)
+    return (
+        special_student(family) if family in SPECIAL_HEADS else random_student(family, **settings)
+    )
 
 
 def tokens(*shape):

@@ -70,7 +70,9 @@ def test_mask_exactly_masks_the_smallest_uniforms(count):
 
 
 def test_mask_exactly_gives_exactly_the_count_even_with_ties():
-    masked_BL = mask_exactly(torch.tensor([3]), torch.ones(1, 6, dtype=torch.bool), torch.ones(1, 6))
+    masked_BL = mask_exactly(
+        torch.tensor([3]), torch.ones(1, 6, dtype=torch.bool), torch.ones(1, 6)
+    )
     assert masked_BL.sum() == 3
 
 

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from students import ScriptedStudent, random_student
-from test_vocab import CHAT
+from tiny import CHAT_TEMPLATE
+from tiny import START as START_TOKEN
 
 from mdm.canvas import SamplerSettings
 from mdm.errors import ConfigError, VocabError
@@ -20,9 +21,7 @@ def scripted(tokens_L):
     logits_LV = torch.zeros(len(tokens_L), V)
     for i, token in enumerate(tokens_L):
         logits_LV[i, token] = 30.0 - i
-    return ScriptedStudent(
-        lambda xt_BL: logits_LV[-xt_BL.shape[1] :].expand(len(xt_BL), -1, -1)
-    )
+    return ScriptedStudent(lambda xt_BL: logits_LV.expand(len(xt_BL), -1, -1))
 
 
 # --- the canvas ----------------------------------------------------------------------------------
@@ -41,7 +40,7 @@ def test_canvas_of_a_request(request_, expected):
     assert encode(random_student(), request_) == expected
 
 
-@pytest.mark.parametrize("template", [CHAT, CHAT.replace("<|start|>", "")])
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, CHAT_TEMPLATE.replace(START_TOKEN, "")])
 def test_a_chat_has_one_start_token(template):
     # Data rows are made so too: a template may bring a start token of its own.
     denoiser = random_student()

@@ -102,9 +102,7 @@ def ours(denoiser, prompts, settings, *, seed=0):
 
 GRID = list(itertools.product([0.0, 0.7], [0.0, 1.0], ["low_confidence", "random"], [1, 3]))
 LAYOUTS = [(G // n, steps) for n in (1, 2, 4) for steps in sorted({n, G // 2, G})]
-FLAGS = [
-    {"suppress_eos": a, "eos_last": b} for a, b in itertools.product([False, True], repeat=2)
-]
+FLAGS = [{"suppress_eos": a, "eos_last": b} for a, b in itertools.product([False, True], repeat=2)]
 
 
 @pytest.mark.parametrize(("temperature", "cfg_scale", "remasking", "num_rows"), GRID)

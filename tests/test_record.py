@@ -18,9 +18,7 @@ def test_a_record_says_how_the_number_was_made(tmp_path):
     given = {"kind": "eval", "settings": {"steps": 4}, "seed": 3, "checkpoint": "abc"}
     assert {key: record[key] for key in given} == given
     assert datetime.datetime.fromisoformat(record["time"]).tzinfo is not None
-    assert record["versions"]["torch"] == torch.__version__.partition("+")[0] or record["versions"][
-        "torch"
-    ].startswith(torch.__version__.partition("+")[0])
+    assert record["versions"]["torch"].startswith(torch.__version__.partition("+")[0])
     assert record["device"]["cores"] >= 1
     assert "commit" in record
 

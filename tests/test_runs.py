@@ -33,5 +33,5 @@ def test_the_default_is_the_folder_runs(tmp_path, monkeypatch):
 
 
 def test_no_finished_run_says_what_to_do(tmp_path):
-    with pytest.raises(CheckpointError, match="no finished run in .* `mdm train`.* --model"):
+    with pytest.raises(CheckpointError, match=r"no finished run in .* `mdm train`.* --model"):
         last_finished(tmp_path / "none")

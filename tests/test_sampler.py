@@ -145,9 +145,7 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("family", "shift"), [("llama", True), ("gpt2", False), ("gemma3", True)]
-)
+@pytest.mark.parametrize(("family", "shift"), [("llama", True), ("gpt2", False), ("gemma3", True)])
 def test_a_row_is_the_same_alone_in_any_batch_and_padded(family, shift):
     denoiser = random_student(family, shift=shift)
 

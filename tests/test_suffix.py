@@ -131,7 +131,9 @@ def test_top_k_keeps_the_best_candidates_by_posterior():
     targets = ask(tiny.toy_ar(V), [X0], at(2), top_k=2)
     q_V = posterior(tiny.toy_ar(V), [2], 2)
     assert targets.token_ids_NK[0].tolist() == q_V.argsort(descending=True)[:2].tolist()
-    assert float(targets.tail_mass_N) == pytest.approx(1 - float(q_V.topk(2).values.sum()), abs=1e-5)
+    assert float(targets.tail_mass_N) == pytest.approx(
+        1 - float(q_V.topk(2).values.sum()), abs=1e-5
+    )
 
 
 # --- the same, however it is computed ------------------------------------------------------------

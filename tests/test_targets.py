@@ -52,9 +52,7 @@ def test_top_k_keeps_the_likeliest_and_the_tail_is_the_rest(top_k):
     assert targets.token_ids_NK.shape == (4, top_k)
     for row, ids in enumerate(targets.token_ids_NK.tolist()):
         assert sorted(ids) == sorted(p_NV[row].argsort(descending=True)[:top_k].tolist())
-    torch.testing.assert_close(
-        targets.log_probs_NK.exp(), p_NV.gather(-1, targets.token_ids_NK)
-    )
+    torch.testing.assert_close(targets.log_probs_NK.exp(), p_NV.gather(-1, targets.token_ids_NK))
     torch.testing.assert_close(targets.tail_mass_N, 1 - targets.log_probs_NK.exp().sum(-1))
 
 
@@ -114,8 +112,14 @@ def test_shapes_are_checked():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("top_k", 0), ("top_p", 0.0), ("top_p", 1.1), ("candidates", 0), ("window", -1)]
-    + [("branch_rows", 0)],
+    [
+        ("top_k", 0),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("candidates", 0),
+        ("window", -1),
+        ("branch_rows", 0),
+    ],
 )
 def test_settings_out_of_range(name, value):
     with pytest.raises(ConfigError, match=f"target.{name}"):

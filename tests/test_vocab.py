@@ -1,16 +1,11 @@
 """Ids: user text never becomes a special token; mask tokens; two vocabularies compared."""
 
 import pytest
-from tiny import END, PAD, START, byte_tokenizer
+from tiny import CHAT_TEMPLATE, END, PAD, START, byte_tokenizer
 from tokenizers import AddedToken
 
 from mdm.errors import VocabError
 from mdm.vocab import NEW_MASK_TOKEN, read_vocab, require_same_tokens
-
-CHAT = (
-    "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
-)
 
 
 def vocab(*extra, mask=None):
@@ -84,7 +79,7 @@ def test_special_tokens_are_decoded_only_if_asked():
 
 def chat_vocab():
     tokenizer = byte_tokenizer()
-    tokenizer.chat_template = CHAT
+    tokenizer.chat_template = CHAT_TEMPLATE
     return read_vocab(tokenizer).with_mask(None)
 
 
@@ -118,7 +113,9 @@ def test_a_new_mask_token_is_appended():
     assert len(vocab()) == 260
 
 
-@pytest.mark.parametrize(("name", "expected"), [("<|fim|>", 259), (PAD, 258), (NEW_MASK_TOKEN, 260)])
+@pytest.mark.parametrize(
+    ("name", "expected"), [("<|fim|>", 259), (PAD, 258), (NEW_MASK_TOKEN, 260)]
+)
 def test_a_special_token_is_reused_as_mask(name, expected):
     found = vocab("<|fim|>", NEW_MASK_TOKEN, mask=name)
     assert found.mask_id == expected

@@ -28,6 +28,10 @@ from transformers import (
 NextLogProbs = Callable[[list[int]], Tensor]
 
 START, END, PAD = "<|start|>", "<|end|>", "<|pad|>"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
 WEIGHT_STD = 0.3
 MAX_POSITIONS = 1024
 RMS_NORM_CLASSES = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")

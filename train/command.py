@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 
-@click.command()
+@click.command(short_help="Distil an AR teacher into a student.")
 @click.option("--recipe", default=None, help="Recipe by name or YAML file.  [default: demo]")
 @click.option(
     "--set",

@@ -129,7 +129,7 @@ def _evaluate(
     sums_B2.index_add_(0, row_N, scored_N2.double())
     means_B2 = sums_B2 / count_B[:, None].clamp(min=1)
     return torch.stack(
-        [count_B / total_B, means_B2[:, 0], means_B2[:, 1], total_B.double()], dim=-1
+        [count_B / total_B.double(), means_B2[:, 0], means_B2[:, 1], total_B.double()], dim=-1
     )
 
 

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mdm.checkpoint import SETTINGS_FILE, load_denoiser, save_denoiser, weights_hash
+from mdm.checkpoint import is_denoiser, load_denoiser, save_denoiser, weights_hash
 from mdm.config import build, read_yaml, to_tree
-from mdm.convert import convert
+from mdm.convert import StudentSettings, convert
 from mdm.denoiser import Denoiser
 from mdm.errors import CheckpointError, ConfigError
 from mdm.record import append_record, commit, make_record, peak_rss_bytes
@@ -138,10 +138,16 @@ def start(recipe: Recipe, folder: Path) -> Run:
 
 def initial_student(recipe: Recipe) -> Denoiser:
     """What the recipe starts from: a converted AR model, or a denoiser to train further."""
-    init = recipe.student.init
-    student = (
-        load_denoiser(init) if (Path(init) / SETTINGS_FILE).is_file() else convert(recipe.student)
-    )
+    settings = recipe.student
+    if is_denoiser(settings.init):
+        if settings != StudentSettings(init=settings.init):
+            raise ConfigError(
+                f"student.init={settings.init} is a student already; the other student settings"
+                " apply to an AR model only: leave them out"
+            )
+        student = load_denoiser(settings.init)
+    else:
+        student = convert(settings)
     require_context(recipe, student.max_length, "student")
     return student
 

@@ -76,17 +76,17 @@ def load_state(
     """
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        step = int(state["step"])
+        step, made_from = int(state["step"]), str(state["data"])
         _copy_into(_named(model), load_file(path / "model.safetensors"))
         if step > 0:
             _restore_moments(model, optimizer, load_file(path / "optimizer.safetensors"))
         if average is not None:
             _copy_into(average.values, load_file(path / "ema.safetensors"))
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(
             f"the checkpoint {path} is damaged ({error}); delete it to resume from the one before"
         ) from error
-    if state["data"] != data:
+    if made_from != data:
         raise DataError(
             "the corpus or its settings have changed since this run was interrupted, so it cannot be"
             " continued exactly; restore the data, or start a new run"
@@ -120,7 +120,7 @@ def _restore_moments(
 
 @torch.no_grad()
 def _copy_into(target: Mapping[str, torch.Tensor], source: Mapping[str, torch.Tensor]) -> None:
-    if target.keys() != source.keys():
+    if {n: t.shape for n, t in target.items()} != {n: t.shape for n, t in source.items()}:
         raise ValueError("it holds other parameters than this model")
     for name, tensor in target.items():
         tensor.copy_(source[name])
