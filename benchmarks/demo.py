@@ -8,7 +8,6 @@ Shapes: B batch, L length.
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from mdm.canvas import SamplerSettings
 from mdm.config import to_tree
 from mdm.denoiser import Denoiser
 from mdm.diffusion import generator
-from mdm.record import append_record, make_record, peak_rss_bytes
+from mdm.record import append_record, make_record, peak_rss_bytes, to_json
 from mdm.sampler import denoise, make_canvas
 from mdm.train.dataset import prepare
 from mdm.train.recipe import Recipe
@@ -224,4 +223,4 @@ def show_fills(
 
 def last_line(numbers: dict[str, Any]) -> str:
     """The demo's result for programs."""
-    return json.dumps({"demo": numbers})
+    return to_json({"demo": numbers})

@@ -24,7 +24,7 @@ import torch
 
 from mdm.convert import StudentSettings, convert
 from mdm.denoiser import Denoiser
-from mdm.record import append_record, make_record
+from mdm.record import append_record, make_record, to_json
 from mdm.train.objective import MaskedBatch, ObjectiveSettings, loss_sums, mask_batch, soft_targets
 from mdm.train.targets import TargetSettings
 from mdm.train.teachers.ar import ARTeacher, load_teacher
@@ -226,7 +226,7 @@ def describe(record: dict[str, Any]) -> str:
         f"mdm / twin: memory {results['memory_ratio']:.2f}, time {results['time_ratio']:.2f}"
         f" ± {results['time_ratio_std_err']:.2f} (n={results['n']})"
     )
-    return "\n".join([*lines, json.dumps(record)])
+    return "\n".join([*lines, to_json(record)])
 
 
 def _std_err(values: list[float]) -> float:

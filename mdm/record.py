@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import resource
@@ -45,7 +46,20 @@ def append_record(path: str | Path, record: dict[str, Any]) -> None:
     """Add one line to a JSONL file of records."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        file.write(to_json(record) + "\n")
+
+
+def to_json(value: Any) -> str:
+    """One line of strict JSON: a number that does not exist (NaN, infinite) becomes null."""
+    return json.dumps(_strict(value), ensure_ascii=False, allow_nan=False)
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def versions() -> dict[str, str]:

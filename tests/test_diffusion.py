@@ -24,6 +24,7 @@ def test_keys_make_streams_of_their_own():
 
 def test_row_uniforms_do_not_depend_on_the_batch_or_the_global_generator():
     together = row_uniforms("mask", 7, 3, [0, 1, 2], 5)
+    assert len(together.unique()) == 15
     torch.manual_seed(99)
     assert torch.equal(row_uniforms("mask", 7, 3, [2, 0], 5), together[[2, 0]])
     assert not torch.equal(row_uniforms("mask", 7, 4, [0], 5), together[:1])

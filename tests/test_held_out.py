@@ -111,6 +111,11 @@ def test_the_masks_are_the_same_before_and_after(student, other, monkeypatch):
     assert not torch.equal(before[:4], before[4:])  # but the draws of a row differ
     evaluated(student, DIFFERENT, batch_rows=4, seed=1)
     assert not torch.equal(before, torch.cat(seen[4:]))
+    # And not in their number of masks alone, or the draws of a row would be nested.
+    del seen[:]
+    evaluated(student, Listed(DIFFERENT.rows[:1]), draws=8, batch_rows=1)
+    hidden = [set((xt_BL[0] == MASK).nonzero()[:, 0].tolist()) for xt_BL in seen]
+    assert any(not (a <= b or b <= a) for a, b in itertools.combinations(hidden, 2))
     assert torch.equal(before != MASK, before == torch.tensor([r for r, _ in DIFFERENT.rows] * 2))
 
 

@@ -136,6 +136,13 @@ def test_equals_the_published_sampler_with_a_shifted_model(family):
         assert torch.equal(ours(denoiser, PROMPTS, settings), expected_BL)
 
 
+def test_without_a_prompt_position_0_is_open():
+    denoiser = random_student()
+    settings = replace(LLADA, steps=4, block_length=4)
+    expected_BL = published(denoiser, [[]], settings)
+    assert torch.equal(ours(denoiser, [[]], settings), expected_BL)
+
+
 # --- traps ---------------------------------------------------------------------------------------
 
 

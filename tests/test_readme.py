@@ -14,10 +14,17 @@ from mdm.cli import COMMANDS, mdm
 from mdm.convert import StudentSettings, convert
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-SMALL = (
-    "train.steps=2 train.eval_rows=2 train.batch_rows=2 train.micro_rows=2 data.length=96"
-    " data.min_tokens=4 train.precision=fp32 teacher.dtype=fp32 data.held_out_fraction=0.3"
-).split()
+SMALL = [
+    "train.steps=2",
+    "train.eval_rows=2",
+    "train.batch_rows=2",
+    "train.micro_rows=2",
+    "data.length=96",
+    "data.min_tokens=4",
+    "train.precision=fp32",
+    "teacher.dtype=fp32",
+    "data.held_out_fraction=0.3",
+]
 
 
 def commands() -> list[list[str]]:
@@ -65,7 +72,7 @@ def shrink(command: list[str]) -> list[str]:
     if name == "convert":
         arguments[arguments.index("--layers") + 1] = "1"
     if name == "bench":
-        arguments += "--model path/to/model --rows 1 --length 32 --repeats 1".split()
+        arguments += ["--model", "path/to/model", "--rows", "1", "--length", "32", "--repeats", "1"]
     if name == "train" and "student.init=students/half" in arguments:
         arguments += [word for setting in SMALL for word in ("--set", setting)]
     elif name == "train" and not {"--list", "--settings", "--resume", "--dry-run"} & {*arguments}:

@@ -79,6 +79,7 @@ HOLES = {
     "continue": [START, 3, 1, *[MASK] * G],
     "fill": [START, 3, *[MASK] * G, 5, 5],
     "two holes": [START, *[MASK] * 3, 4, 4, *[MASK] * 5, 2],
+    "far holes": [START, *[MASK] * 2, *[4] * 8, *[MASK] * 2],  # with blocks between them
 }
 
 

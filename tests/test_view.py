@@ -7,7 +7,7 @@ from students import random_student
 
 from mdm.canvas import SamplerSettings
 from mdm.generate import Request, generate
-from mdm.sampler import make_canvas
+from mdm.sampler import denoise, make_canvas
 from mdm.view import OPEN, DenoisingView
 
 SETTINGS = SamplerSettings(steps=2, stop_at_eos=False, suppress_eos=True)
@@ -63,6 +63,16 @@ def test_markup_in_text_is_text():
     view.vocab = type("V", (), {"decode": lambda self, ids: "[red]x[0]"})()
     canvas = make_canvas(denoiser, [1, denoiser.mask_id], SamplerSettings())
     assert "[red]x[0]" in view.draw(canvas, 0).plain
+
+
+def test_confidence_is_that_of_the_first_canvas():
+    denoiser = random_student()
+    view = DenoisingView(denoiser.vocab, Console(file=io.StringIO()))
+    rows = [[1, denoiser.mask_id], [1, 2, 3, denoiser.mask_id]]
+    canvases = [make_canvas(denoiser, ids, SETTINGS) for ids in rows]
+    for step in denoise(denoiser, canvases):
+        view(step, canvases)
+    assert view.confidence.keys() == {1}
 
 
 def test_colours_go_from_red_to_green():

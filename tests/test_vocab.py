@@ -144,12 +144,14 @@ def test_a_mask_token_that_clashes(name, text):
 
 
 def test_fingerprint_tells_vocabularies_apart():
-    same = {vocab("<|x|>").fingerprint, vocab("<|x|>").fingerprint}
+    same = {vocab("<|x|>", NEW_MASK_TOKEN).fingerprint for _ in range(2)}
     other = {
-        vocab("<|y|>").fingerprint,  # another token
-        vocab("<|x|>", "<|y|>").fingerprint,  # one more
-        vocab("<|x|>", mask="<|x|>").fingerprint,  # another mask
-        read_vocab(byte_tokenizer(("<|x|>",)), end_token="<|x|>").fingerprint,  # another end
+        vocab("<|y|>", NEW_MASK_TOKEN).fingerprint,  # another token
+        vocab("<|x|>", NEW_MASK_TOKEN, "<|y|>").fingerprint,  # one more
+        vocab("<|x|>", NEW_MASK_TOKEN, mask="<|x|>").fingerprint,  # another mask
+        read_vocab(byte_tokenizer(("<|x|>", NEW_MASK_TOKEN)), end_token="<|x|>")
+        .with_mask(None)
+        .fingerprint,  # another end
     }
     assert len(same) == 1
     assert len(other) == 4

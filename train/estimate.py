@@ -13,6 +13,7 @@ from mdm.convert import student_config
 from mdm.denoiser import CHUNK_BYTES
 
 from .recipe import Recipe
+from .run import require_context
 
 GIB = 2**30
 
@@ -31,11 +32,14 @@ def describe(recipe: Recipe) -> str:
         f" width {config.hidden_size}",
     ]
     if recipe.objective.kd_lambda > 0:
-        teacher = count_parameters(load_config(recipe.teacher.model))
+        teacher_config = load_config(recipe.teacher.model)
+        require_context(recipe, max_length(teacher_config), "teacher")
+        teacher = count_parameters(teacher_config)
         memory["teacher"] = teacher * (2 if recipe.teacher.dtype == "bf16" else 4)
         lines.append(f"teacher     {teacher / 1e6:.1f}M parameters, {recipe.teacher.dtype}")
     else:
         lines.append("teacher     none (objective.kd_lambda is 0)")
+    require_context(recipe, max_length(config), "student")
     tokens = settings.steps * settings.batch_rows * data.length
     lines.append(
         f"tokens      {tokens:,} in {settings.steps} steps of {settings.batch_rows} rows"
@@ -44,6 +48,11 @@ def describe(recipe: Recipe) -> str:
     lines.append(f"memory      about {sum(memory.values()) / GIB:.1f} GiB a process:")
     lines += [f"              {name:<22}{size / GIB:7.2f} GiB" for name, size in memory.items()]
     return "\n".join(lines)
+
+
+def max_length(config: Any) -> int:
+    """Longest row a model with this config was built for, in tokens."""
+    return int(config.get_text_config().max_position_embeddings)
 
 
 def count_parameters(config: Any) -> int:

@@ -66,8 +66,7 @@ def jsd(log_p_nK: torch.Tensor, log_q_nK: torch.Tensor, *, beta: float) -> torch
     # Where both are -inf the mixture does not count, but its gradient would be NaN.
     neither_nK = (log_p_nK == float("-inf")) & (log_q_nK == float("-inf"))
     log_m_nK = torch.logaddexp(
-        log_p_nK.masked_fill(neither_nK, 0.0) + math.log(beta),
-        log_q_nK.masked_fill(neither_nK, 0.0) + math.log1p(-beta),
+        log_p_nK + math.log(beta), log_q_nK.masked_fill(neither_nK, 0.0) + math.log1p(-beta)
     )
     return beta * forward_kl(log_p_nK, log_m_nK) + (1 - beta) * forward_kl(log_q_nK, log_m_nK)
 

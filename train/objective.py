@@ -48,7 +48,8 @@ class ObjectiveSettings:
     kd_ramp_steps   steps over which λ grows linearly from 0; 0 = at once
     kd_temperature  of teacher and student in the distillation term
     kd_positions    masked positions distilled per row, uniformly chosen; 0 = all
-    ce_positions    cross-entropy on "all" masked positions, or only on the "rest" not distilled
+    ce_positions    cross-entropy on "all" masked positions, or only on the "rest" not distilled (rows with
+                    no more masks than kd_positions then have none)
     divergence      forward_kl, reverse_kl or jsd
     jsd_beta        of divergence=jsd; 0 = forward KL, 1 = reverse KL
     tail            treatment of tokens the teacher did not keep: bucket, renormalise or partial

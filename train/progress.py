@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from mdm.errors import ConfigError
+from mdm.record import to_json
 
 
 class Progress:
@@ -70,7 +71,7 @@ class Progress:
 
     def _write(self, entry: dict[str, Any]) -> None:
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(to_json(entry) + "\n")
         if self.board is not None:
             flat = {**entry, **entry.get("held_out", {})}
             for name, value in flat.items():

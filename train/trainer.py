@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mdm.errors import TrainingError
+from mdm.errors import ConfigError, TrainingError
 
 from . import processes
 from .objective import MaskedBatch, kd_weight, loss_sums, mask_batch, soft_targets
@@ -36,6 +36,11 @@ def train(recipe: Recipe, folder: Path) -> Outcome:
     SIGINT and SIGTERM end the run after the current step, with a checkpoint. Raises TrainingError
     then, and if the loss is not finite.
     """
+    if (folder / "final").exists():
+        raise ConfigError(
+            f"{folder} is finished; to train its model further, start a new run with"
+            f" --set student.init={folder / 'final'}"
+        )
     run = start(recipe, folder)
     settings = recipe.train
     saved = saved_steps(folder / "checkpoints")
