@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mdm.canvas import SamplerSettings
+from mdm.checkpoint import load_denoiser
 from mdm.config import to_tree
 from mdm.denoiser import Denoiser
 from mdm.diffusion import generator
@@ -31,7 +32,7 @@ from mdm.train.run import Outcome, initial_student, new_run, results_of
 from mdm.train.teachers.ar import ARTeacher, load_teacher
 from mdm.train.trainer import train
 
-SPAN, CONTEXT, SHOWN = 5, 24, 4
+SPAN, CONTEXT, SHOWN = 3, 24, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +60,6 @@ def run_demo(recipe: Recipe, runs: Path, *, num_holes: int, console: Console) ->
     console.print(f"[bold]2/3[/] distilling into {folder} …")
     outcome = train(recipe, folder)
     console.print("[bold]3/3[/] filling the same holes again …")
-    from mdm.checkpoint import load_denoiser
-
     finished = load_denoiser(folder / "final")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         fills["student after"] = fill(finished, holes)
@@ -74,7 +73,8 @@ def run_demo(recipe: Recipe, runs: Path, *, num_holes: int, console: Console) ->
         f" {numbers['peak_rss_bytes'] / 2**30:.1f} GiB\n"
         f"model: {folder / 'final'}, loss curve: {folder / 'loss.png'}\n"
         "try:   mdm generate --prefix 'def add(a, b):\\n    total = ' --suffix '\\n    return total'"
-        " --span 4 --show"
+        " --span 3 --show",
+        soft_wrap=True,
     )
     record = make_record("demo", numbers, settings=to_tree(recipe), seed=recipe.train.seed)
     append_record(folder / "record.jsonl", record)
@@ -82,9 +82,10 @@ def run_demo(recipe: Recipe, runs: Path, *, num_holes: int, console: Console) ->
 
 
 def find_holes(rows: Rows, start_id: int, *, count: int, seed: int) -> list[Hole]:
-    """At most `count` holes, one a row, in the longest document of the row, with context around."""
+    """At most `count` holes in rows drawn at random, one a row, inside its longest document."""
     holes = []
-    for index in range(len(rows)):
+    order = torch.randperm(len(rows), generator=generator("holes", seed)).tolist()
+    for index in order:
         tokens_BL, documents_BL, _ = rows.batch([index])
         ids, documents = tokens_BL[0].tolist(), documents_BL[0]
         longest = max(set(documents.tolist()) - {-1}, key=lambda d: int((documents == d).sum()))
