@@ -76,13 +76,13 @@ def load_tokenizer(source: str, *, remote_code: bool = False) -> PreTrainedToken
         return kind.from_pretrained(place, trust_remote_code=remote_code, **options)
 
 
-def load_config(source: str) -> PretrainedConfig:
+def load_config(source: str, *, remote_code: bool = False) -> PretrainedConfig:
     """The config of an AR model (any source of `load_ar`), without its weights."""
     from transformers import AutoConfig
 
     place, options = _resolve(source)
     with _readable(source), _quiet():
-        return AutoConfig.from_pretrained(place, **options)
+        return AutoConfig.from_pretrained(place, trust_remote_code=remote_code, **options)
 
 
 def load_denoiser(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Denoiser:

@@ -20,7 +20,7 @@ MODEL_HELP = "Model folder.  [default: the last finished run in runs/]"
 @click.option(
     "--width", default=1.0, show_default=True, help="Fraction of channels and heads kept."
 )
-@click.option("--random", is_flag=True, help="Random weights of this shape, not the checkpoint's.")
+@click.option("--random", is_flag=True, help="Random weights; SOURCE needs a config only.")
 @click.option("--no-shift", is_flag=True, help="Predict position i from output i, not i-1.")
 @click.option("--mask-token", help="Special token to reuse as mask.  [default: a new one]")
 @click.option("--start-token", help="Token that opens a document.  [default: bos, or eos]")

@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .checkpoint import is_denoiser, load_ar, source_path, weights_hash
+from .checkpoint import (
+    is_denoiser,
+    load_ar,
+    load_config,
+    load_tokenizer,
+    source_path,
+    weights_hash,
+)
 from .config import require
 from .denoiser import Denoiser
 from .errors import ConfigError, VocabError
@@ -35,7 +42,7 @@ class StudentSettings:
     init         AR model: folder, .gguf file, hub name or "embedded"; or a student to train further
     layers       layers kept; null = all
     width        fraction of channels and heads kept, 0 < width <= 1
-    random       true = random weights of this shape instead of the checkpoint's
+    random       true = random weights in the shape of the config; no weights are read
     shift        position i is predicted from output i - 1, as in the AR model
     mask_token   special token of the tokenizer to reuse as mask; null = add a new one
     start_token  token that opens every document; null = the tokenizer's bos, or its eos
@@ -68,21 +75,15 @@ def convert(settings: StudentSettings, *, remote_code: bool = False) -> Denoiser
             f"{settings.init} is a student already; train it further with student.init, or convert"
             " the AR model it came from"
         )
-    source, tokenizer = load_ar(settings.init, remote_code=remote_code)
+    tokenizer = load_tokenizer(settings.init, remote_code=remote_code)
     vocab = read_vocab(
         tokenizer, start_token=settings.start_token, end_token=settings.end_token
     ).with_mask(settings.mask_token)
-    config = student_config(source.config, layers=settings.layers, width=settings.width)
-    if settings.random or config.to_dict() != source.config.to_dict():
-        torch.manual_seed(settings.seed)
-        student = type(source)(config)
-        if not settings.random:
-            student.load_state_dict(shrink(source, student))
-    else:
-        student = source
+    build = random_student if settings.random else initialised_student
+    student = build(settings, remote_code)
     make_bidirectional(student)
     add_mask_row(student, vocab)
-    place = source_path(settings.init)
+    place = None if settings.random else source_path(settings.init)
     step = {
         "step": "convert",
         "from": settings.init,
@@ -94,6 +95,29 @@ def convert(settings: StudentSettings, *, remote_code: bool = False) -> Denoiser
         },
     }
     return Denoiser(student, vocab, shift=settings.shift, lineage=(step,)).eval()
+
+
+def initialised_student(settings: StudentSettings, remote_code: bool) -> PreTrainedModel:
+    """The AR model itself, or a smaller one that keeps part of its weights."""
+    source, _ = load_ar(settings.init, remote_code=remote_code)
+    config = student_config(source.config, layers=settings.layers, width=settings.width)
+    if config.to_dict() == source.config.to_dict():
+        return source
+    student = type(source)(config)
+    student.load_state_dict(shrink(source, student))
+    return student
+
+
+def random_student(settings: StudentSettings, remote_code: bool) -> PreTrainedModel:
+    """Random weights in the shape of the config; the folder needs no weights."""
+    from transformers import AutoModelForCausalLM
+
+    source = load_config(settings.init, remote_code=remote_code)
+    config = student_config(source, layers=settings.layers, width=settings.width)
+    torch.manual_seed(settings.seed)
+    return AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, trust_remote_code=remote_code
+    )
 
 
 def make_bidirectional(model: PreTrainedModel) -> None:

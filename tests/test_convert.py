@@ -1,5 +1,7 @@
 """AR checkpoint → initial student: which weights are kept, and the row of the mask."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from tiny import FAMILIES, byte_tokenizer, tiny_config, tiny_model
@@ -252,3 +254,17 @@ def test_lineage_says_where_the_weights_came_from(ar_folder):
 def test_a_denoiser_is_not_the_end_of_a_missing_folder(tmp_path):
     with pytest.raises(CheckpointError, match="no model folder at"):
         convert(StudentSettings(init=str(tmp_path / "none")))
+
+
+def test_random_weights_need_a_config_and_a_tokenizer_only(ar_folder, tmp_path):
+    folder = ar_folder("llama")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in Path(folder).iterdir():
+        if file.suffix != ".safetensors":
+            (bare / file.name).write_bytes(file.read_bytes())
+    student = convert(StudentSettings(init=str(bare), random=True, layers=1))
+    assert student.model.config.num_hidden_layers == 1
+    assert student.lineage[0]["weights"] is None
+    with pytest.raises(CheckpointError):
+        convert(StudentSettings(init=str(bare)))
