@@ -571,3 +571,11 @@ def test_rows_must_be_shared_out_evenly(settings, tmp_path):
     )
     assert done.returncode != 0
     assert "must be a multiple of the number of processes (2)" in done.stderr
+
+
+def test_a_finished_run_is_not_repeated(settings, tmp_path):
+    recipe = settings(train={"steps": 2, "checkpoint_every": 1})
+    folder = new_run(recipe, tmp_path)
+    train(recipe, folder)
+    with pytest.raises(ConfigError, match="is finished; .* student.init="):
+        train(recipe, folder)

@@ -23,7 +23,7 @@ from mdm.errors import ConfigError, TrainingError
 from . import processes
 from .objective import MaskedBatch, kd_weight, loss_sums, mask_batch, soft_targets
 from .optimizer import lr_factor
-from .progress import Progress
+from .progress import Progress, read_metrics
 from .recipe import Recipe
 from .rows import sample_indices
 from .run import Outcome, Run, evaluate, evaluate_before, finish, precision, save, start
@@ -36,11 +36,7 @@ def train(recipe: Recipe, folder: Path) -> Outcome:
     SIGINT and SIGTERM end the run after the current step, with a checkpoint. Raises TrainingError
     then, and if the loss is not finite.
     """
-    if (folder / "final").exists():
-        raise ConfigError(
-            f"{folder} is finished; to train its model further, start a new run with"
-            f" --set student.init={folder / 'final'}"
-        )
+    refuse_finished(recipe, folder)
     run = start(recipe, folder)
     settings = recipe.train
     saved = saved_steps(folder / "checkpoints")
@@ -188,6 +184,16 @@ def diverged(run: Run, step: int, numbers: str) -> NoReturn:
         f" {run.folder / 'checkpoints' / f'step-{step:06d}'}; lower train.learning_rate, or set"
         " train.precision=fp32, in a new run"
     )
+
+
+def refuse_finished(recipe: Recipe, folder: Path) -> None:
+    """Raise ConfigError if the last step of a run is done (a time limit may have ended it earlier)."""
+    entries = read_metrics(folder / "metrics.jsonl")
+    if (folder / "final").exists() and entries and entries[-1]["step"] >= recipe.train.steps:
+        raise ConfigError(
+            f"{folder} is finished; to train its model further, start a new run with"
+            f" --set student.init={folder / 'final'}"
+        )
 
 
 def due(every: int, step: int) -> bool:
