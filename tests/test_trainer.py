@@ -577,5 +577,5 @@ def test_a_finished_run_is_not_repeated(settings, tmp_path):
     recipe = settings(train={"steps": 2, "checkpoint_every": 1})
     folder = new_run(recipe, tmp_path)
     train(recipe, folder)
-    with pytest.raises(ConfigError, match="is finished; .* student.init="):
+    with pytest.raises(ConfigError, match=r"is finished; .* student.init="):
         train(recipe, folder)
