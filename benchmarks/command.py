@@ -6,13 +6,21 @@ from pathlib import Path
 
 import click
 
+COUNT = click.IntRange(min=1)
+
 
 @click.command(short_help="Train on this machine and show the gain.")
 @click.option("--runs", default="runs", show_default=True, help="Folder that holds the runs.")
 @click.option("--recipe", default="demo", show_default=True, help="Recipe by name or YAML file.")
 @click.option("--set", "assignments", multiple=True, metavar="SECTION.KEY=VALUE",
               help="Override one setting of the recipe; may be repeated.")  # fmt: skip
-@click.option("--holes", default=24, show_default=True, help="Holes filled before and after.")
+@click.option(
+    "--holes",
+    type=click.IntRange(min=2),
+    default=24,
+    show_default=True,
+    help="Holes filled before and after.",
+)
 def demo(runs: str, recipe: str, assignments: tuple[str, ...], holes: int) -> None:
     """Distil the embedded teacher on real Python code and show what was gained.
 
@@ -39,9 +47,19 @@ def bench() -> None:
 @bench.command("train-step")
 @click.option("--model", default="embedded", show_default=True, help="AR model of both sides.")
 @click.option("--layers", type=int, help="Layers of the student.  [default: all]")
-@click.option("--rows", default=4, show_default=True, help="Rows in the batch.")
-@click.option("--length", default=512, show_default=True, help="Tokens in a row.")
-@click.option("--repeats", default=5, show_default=True, help="Timed steps of each side.")
+@click.option(
+    "--rows", type=click.IntRange(min=1), default=4, show_default=True, help="Rows in the batch."
+)
+@click.option(
+    "--length", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens in a row."
+)
+@click.option(
+    "--repeats",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="Timed steps of each side.",
+)
 @click.option("--no-checkpointing", is_flag=True, help="Keep all activations (both sides).")
 @click.option("--seed", default=0, show_default=True, help="Of masks and of random tokens.")
 @click.option("--record", "path", type=click.Path(path_type=Path),

@@ -19,16 +19,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from mdm.canvas import SamplerSettings
-from mdm.checkpoint import load_denoiser
-from mdm.config import to_tree
+from mdm.checkpoint import load_denoiser, weights_hash
+from mdm.config import require, to_tree
 from mdm.denoiser import Denoiser
 from mdm.diffusion import generator
 from mdm.record import append_record, make_record, peak_rss_bytes, to_json
 from mdm.sampler import denoise, make_canvas
 from mdm.train.dataset import prepare
-from mdm.train.recipe import Recipe
+from mdm.train.recipe import DEFAULT_RECIPE, Recipe
 from mdm.train.rows import Rows
-from mdm.train.run import Outcome, initial_student, new_run, results_of
+from mdm.train.run import Outcome, initial_student, new_run, refuse_existing, results_of
 from mdm.train.teachers.ar import ARTeacher, load_teacher
 from mdm.train.trainer import train
 
@@ -47,16 +47,24 @@ class Hole:
 def run_demo(recipe: Recipe, runs: Path, *, num_holes: int, console: Console) -> dict[str, Any]:
     """Train, compare, print tables; returns the demo's numbers."""
     began = time.monotonic()
-    folder = new_run(recipe, runs, overwrite=True)
+    folder = runs / recipe.name
+    if recipe.name != DEFAULT_RECIPE:
+        refuse_existing(folder)  # only the demo's own run is replaced without asking
     console.print("[bold]1/3[/] teacher, student and held-out files …")
     student = initial_student(recipe)
     rows = prepare(recipe.data, student.vocab, folder / "data").held_out
     holes = find_holes(rows, student.vocab.start_id, count=num_holes, seed=recipe.train.seed)
+    require(
+        len(holes) > 1,
+        f"the held-out rows have room for {len(holes)} holes; raise data.length above"
+        f" {2 * CONTEXT + SPAN}",
+    )
     with torch.autocast("cpu", dtype=torch.bfloat16):
         teacher = load_teacher(recipe.teacher.model, student.vocab, dtype=torch.bfloat16)
         fills = {"teacher, left side only": fill_from_left(teacher, holes)}
         fills["student before"] = fill(student, holes)
     del student, teacher
+    new_run(recipe, runs, overwrite=True)
     console.print(f"[bold]2/3[/] distilling into {folder} …")
     outcome = train(recipe, folder)
     console.print("[bold]3/3[/] filling the same holes again …")
@@ -66,7 +74,7 @@ def run_demo(recipe: Recipe, runs: Path, *, num_holes: int, console: Console) ->
     show_levels(console, outcome)
     show_fills(console, finished, holes, fills)
     seconds = time.monotonic() - began
-    numbers = summary(outcome, holes, fills, seconds)
+    numbers = summary(outcome, recipe.train.steps, holes, fills, seconds)
     console.print(
         f"{outcome.steps} steps, {outcome.tokens:,} tokens in {outcome.seconds:.0f} s"
         f" ({numbers['train_tokens_per_second']:.0f} tokens/s); whole demo {seconds:.0f} s, peak memory"
@@ -76,7 +84,13 @@ def run_demo(recipe: Recipe, runs: Path, *, num_holes: int, console: Console) ->
         " --span 3 --show",
         soft_wrap=True,
     )
-    record = make_record("demo", numbers, settings=to_tree(recipe), seed=recipe.train.seed)
+    record = make_record(
+        "demo",
+        numbers,
+        settings=to_tree(recipe),
+        seed=recipe.train.seed,
+        checkpoint=weights_hash(folder / "final"),
+    )
     append_record(folder / "record.jsonl", record)
     return numbers
 
@@ -135,7 +149,11 @@ def fill_from_left(teacher: ARTeacher, holes: Sequence[Hole]) -> list[list[int]]
 
 
 def summary(
-    outcome: Outcome, holes: list[Hole], fills: dict[str, list[list[int]]], seconds: float
+    outcome: Outcome,
+    steps: int,
+    holes: list[Hole],
+    fills: dict[str, list[list[int]]],
+    seconds: float,
 ) -> dict[str, Any]:
     """The numbers of the demo, flat."""
     results = results_of(outcome)
@@ -155,6 +173,7 @@ def summary(
         "seconds": seconds,
         "train_seconds": outcome.seconds,
         "train_steps": outcome.steps,
+        "train_steps_planned": steps,
         "train_tokens": outcome.tokens,
         "train_tokens_per_second": outcome.tokens / outcome.seconds,
         "peak_rss_bytes": peak_rss_bytes(),

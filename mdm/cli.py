@@ -5,12 +5,11 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import logging
-import os
 import sys
 
 import click
 
-from .errors import MdmError, unknown
+from .errors import CheckpointError, MdmError, unknown
 
 COMMANDS = {
     "train": "mdm.train.command:train",
@@ -59,14 +58,17 @@ def mdm() -> None:
 
 def main() -> None:
     """Run the command line; errors a user can mend are one line and an exit code."""
-    # No hub is asked about a local path, and libraries keep quiet about what is normal.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         mdm(prog_name="mdm")
     except MdmError as error:
         print(f"mdm: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:  # a folder that cannot be written, a full disk
+        print(
+            f"mdm: {error.strerror or error}: {error.filename or 'while writing'}", file=sys.stderr
+        )
+        sys.exit(CheckpointError.exit_code)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ MODEL_HELP = "Model folder.  [default: the last finished run in runs/]"
 @click.option("--start-token", help="Token that opens a document.  [default: bos, or eos]")
 @click.option("--end-token", help="Token that closes a document.  [default: eos]")
 @click.option("--seed", default=0, show_default=True, help="Of --random weights.")
-@click.option("--trust-remote-code", is_flag=True, help="Run model code that comes with SOURCE.")
 def convert(
     source: str,
     output: Path,
@@ -38,7 +37,6 @@ def convert(
     start_token: str | None,
     end_token: str | None,
     seed: int,
-    trust_remote_code: bool,
 ) -> None:
     """Make an initial student from the autoregressive model SOURCE.
 
@@ -64,7 +62,7 @@ def convert(
         end_token=end_token,
         seed=seed,
     )
-    student = run_conversion(settings, remote_code=trust_remote_code)
+    student = run_conversion(settings)
     save_denoiser(student, output)
     config = student.model.config
     millions = sum(parameter.numel() for parameter in student.parameters()) / 1e6
@@ -91,6 +89,8 @@ def convert(
 @click.option("--cfg-scale", default=0.0, show_default=True, help="Guidance strength; 0 = off.")
 @click.option("--suppress-eos", is_flag=True, help="Never propose the end token.")
 @click.option("--eos-last", is_flag=True, help="Keep an end token only when nothing else is left.")
+@click.option("--stop-at-eos/--no-stop-at-eos", default=True, show_default=True,
+              help="End a row once an end token is reached without a gap before it.")  # fmt: skip
 @click.option("--compat", default="default", show_default=True,
               help='"llada" reproduces the published sampler with its oddities.')  # fmt: skip
 @click.option("--num-samples", "-n", default=1, show_default=True, help="Texts to generate.")
@@ -145,7 +145,7 @@ def generate(
     for result in results:
         click.echo(f"{request.prefix}{result.text}{request.suffix or ''}")
     tokens = sum(result.num_tokens for result in results)
-    forwards = sum(result.nfe for result in results)
+    forwards = max(result.nfe for result in results)
     click.echo(f"{tokens} tokens, {forwards} forwards, {seconds:.1f} s", err=True)
 
 

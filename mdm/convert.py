@@ -68,19 +68,19 @@ class StudentSettings:
         )
 
 
-def convert(settings: StudentSettings, *, remote_code: bool = False) -> Denoiser:
+def convert(settings: StudentSettings) -> Denoiser:
     """The initial student. Raises CheckpointError, VocabError or ConfigError."""
     if is_denoiser(settings.init):
         raise ConfigError(
             f"{settings.init} is a student already; train it further with student.init, or convert"
             " the AR model it came from"
         )
-    tokenizer = load_tokenizer(settings.init, remote_code=remote_code)
+    tokenizer = load_tokenizer(settings.init)
     vocab = read_vocab(
         tokenizer, start_token=settings.start_token, end_token=settings.end_token
     ).with_mask(settings.mask_token)
     build = random_student if settings.random else initialised_student
-    student = build(settings, remote_code)
+    student = build(settings)
     make_bidirectional(student)
     add_mask_row(student, vocab)
     place = None if settings.random else source_path(settings.init)
@@ -97,9 +97,9 @@ def convert(settings: StudentSettings, *, remote_code: bool = False) -> Denoiser
     return Denoiser(student, vocab, shift=settings.shift, lineage=(step,)).eval()
 
 
-def initialised_student(settings: StudentSettings, remote_code: bool) -> PreTrainedModel:
+def initialised_student(settings: StudentSettings) -> PreTrainedModel:
     """The AR model itself, or a smaller one that keeps part of its weights."""
-    source, _ = load_ar(settings.init, remote_code=remote_code)
+    source, _ = load_ar(settings.init)
     config = student_config(source.config, layers=settings.layers, width=settings.width)
     if config.to_dict() == source.config.to_dict():
         return source
@@ -108,16 +108,14 @@ def initialised_student(settings: StudentSettings, remote_code: bool) -> PreTrai
     return student
 
 
-def random_student(settings: StudentSettings, remote_code: bool) -> PreTrainedModel:
+def random_student(settings: StudentSettings) -> PreTrainedModel:
     """Random weights in the shape of the config; the folder needs no weights."""
     from transformers import AutoModelForCausalLM
 
-    source = load_config(settings.init, remote_code=remote_code)
+    source = load_config(settings.init)
     config = student_config(source, layers=settings.layers, width=settings.width)
     torch.manual_seed(settings.seed)
-    return AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, trust_remote_code=remote_code
-    )
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
 def make_bidirectional(model: PreTrainedModel) -> None:

@@ -23,7 +23,7 @@ from .vocab import Vocab
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# A scored chunk of logits stays near this size; larger chunks gain no speed on CPU or GPU.
+# A chunk of float32 logits stays near this size.
 CHUNK_BYTES = 64 * 2**20
 
 Score = Callable[..., torch.Tensor]
@@ -65,7 +65,7 @@ class Denoiser(nn.Module):
     @property
     def max_length(self) -> int:
         """Longest canvas the model was built for, in tokens."""
-        return int(self.model.config.get_text_config().max_position_embeddings)
+        return max_length(self.model.config)
 
     @property
     def device(self) -> torch.device:
@@ -156,6 +156,11 @@ def attention_layout(
         "attention_mask": attention.float_mask(visible_BLL, dtype),
         "position_ids": attention.positions(document_ids_BL),
     }
+
+
+def max_length(config: Any) -> int:
+    """Longest row a model with this config was built for, in tokens; huge if it states none (ALiBi)."""
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 2**30)
 
 
 def has_sliding_window(config: Any) -> bool:

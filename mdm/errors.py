@@ -11,10 +11,7 @@ MdmError            anything below; the command line prints it in one line and e
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable, Mapping
-from typing import TypeVar
-
-T = TypeVar("T")
+from collections.abc import Collection, Iterable
 
 
 class MdmError(Exception):
@@ -59,12 +56,6 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"unknown {kind} {name!r}{hint} (known: {', '.join(names)})"
-
-
-def lookup(kind: str, name: str, known: Mapping[str, T]) -> T:
-    """`known[name]`, or a ConfigError that suggests the nearest name."""
-    check_known(kind, name, known)
-    return known[name]
 
 
 def check_known(kind: str, name: str, known: Collection[str]) -> None:

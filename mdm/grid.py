@@ -1,7 +1,7 @@
 """BlockGrid: which position belongs to which block.
 
-One grid object is shared by whoever cuts a canvas into blocks (sampler, trainer, likelihood), so that
-their blocks cannot differ. Positions before `start` (a prompt) belong to no block.
+Whoever cuts a canvas into blocks asks this one grid, so that their blocks cannot differ. Positions
+before `start` (a prompt) belong to no block.
 """
 
 from __future__ import annotations

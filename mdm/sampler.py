@@ -186,11 +186,14 @@ def gumbel_argmax(
 
 
 def reached_end(canvas: Canvas, eos_id: int) -> bool:
-    """Is there a decided end token with no open position before it?"""
+    """Is there a decided end token with no open position before it and nothing given after it?"""
     open_positions = canvas.open_L.nonzero()
     first_open = int(open_positions[0]) if len(open_positions) else len(canvas.ids_L)
     decided_L = canvas.decided_L[:first_open] >= 0
-    return bool((decided_L & (canvas.ids_L[:first_open] == eos_id)).any())
+    given = canvas.given_L.nonzero()
+    last_given = int(given[-1]) if len(given) else -1
+    ends_L = decided_L & (canvas.ids_L[:first_open] == eos_id)
+    return bool(ends_L[last_given + 1 :].any())
 
 
 @torch.no_grad()

@@ -64,8 +64,8 @@ class Vocab:
         """
         if not self.tokenizer.chat_template:
             raise VocabError(
-                "this tokenizer has no chat template; give rows with `prompt` and `response` instead"
-                " of `messages`"
+                "this tokenizer has no chat template; use plain text, or rows with `prompt` and"
+                " `response` instead of `messages`"
             )
         texts = [message["content"] for message in messages]
         added = [str(token) for token in self.tokenizer.added_tokens_decoder.values()]
@@ -83,11 +83,15 @@ class Vocab:
         return ids
 
     def _in_template(self, messages: Sequence[Mapping[str, str]]) -> str:
-        return str(
-            self.tokenizer.apply_chat_template(
+        from jinja2 import TemplateError
+
+        try:
+            text = self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
             )
-        )
+        except TemplateError as error:
+            raise VocabError(f"the chat template refuses these messages: {error}") from error
+        return str(text)
 
     def _template_ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -167,13 +171,13 @@ def read_vocab(
     )
 
 
-def require_same_tokens(teacher: Vocab, student: Vocab) -> int:
+def require_same_tokens(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> int:
     """The number of leading ids that mean the same to both: all of the teacher's.
 
     Raises VocabError naming the first ids that differ. A student may have tokens more (its mask).
     """
-    theirs = {i: token for token, i in teacher.tokenizer.get_vocab().items()}
-    ours = {i: token for token, i in student.tokenizer.get_vocab().items()}
+    theirs = {i: token for token, i in teacher.get_vocab().items()}
+    ours = {i: token for token, i in student.get_vocab().items()}
     differ = sorted(i for i in theirs if theirs[i] != ours.get(i))
     if differ:
         shown = ", ".join(f"{i}: {theirs[i]!r} / {ours.get(i)!r}" for i in differ[:3])

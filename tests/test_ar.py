@@ -64,7 +64,7 @@ def test_a_reused_mask_token_gets_no_mass(tmp_path, kind):
     assert vocab.mask_id < teacher.num_tokens
     x0_BL = torch.tensor([[256, *b"def f()"]])
     wanted_BL = torch.arange(8)[None] > 0
-    settings = TargetSettings(kind=kind, top_k=10**6, candidates=10**6, branch_rows=10**6)
+    settings = TargetSettings(kind=kind, top_k=10**6, candidates=10**6, branch_tokens=10**6)
     targets = TARGETS[kind](
         teacher, x0_BL, wanted_BL, torch.zeros_like(x0_BL), settings=settings, temperature=1.0
     )

@@ -252,3 +252,27 @@ def test_generate_refuses(mdm_command, models, arguments, expected_code, text):
     assert "Traceback" not in err
     if err.startswith("mdm: "):
         assert err.count("\n") == 1  # one line
+
+
+def test_a_place_that_cannot_be_written_is_one_line(mdm_command, models, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, _, err = mdm_command("train", "--runs", tmp_path / "file", "--recipe", "ce")
+    assert code == 5
+    assert err.startswith("mdm: ")
+    assert err.count("\n") == 1
+    code, _, err = mdm_command(
+        "data", "functions", "stdlib", "--limit", 1, "--output", tmp_path / "file" / "x.jsonl"
+    )
+    assert code == 3
+    assert "cannot write" in err
+
+
+def test_any_text_is_a_run_name(mdm_command):
+    code, out, _ = mdm_command("train", "--recipe", "ce", "--name", "2026", "--settings")
+    assert (code, "student" in out) == (0, True)
+    from mdm.errors import ConfigError
+    from mdm.train.recipe import named, read_recipe
+
+    assert named(read_recipe("ce"), "2026-11-21").name == "2026-11-21"
+    with pytest.raises(ConfigError, match="plain folder name"):
+        named(read_recipe("ce"), "a/b")

@@ -12,7 +12,7 @@ from mdm.errors import (
     MdmError,
     TrainingError,
     VocabError,
-    lookup,
+    check_known,
     unknown,
 )
 
@@ -69,10 +69,10 @@ def test_unknown_takes_any_object_as_name():
     assert unknown("setting", 7, ["steps"]) == "unknown setting 7 (known: steps)"
 
 
-def test_lookup_gives_the_value():
-    assert lookup("loss", "kl", {"kl": 1, "jsd": 2}) == 1
+def test_a_known_name_passes():
+    check_known("loss", "kl", {"kl": 1, "jsd": 2})
 
 
-def test_lookup_of_an_unknown_name_suggests_the_nearest():
+def test_an_unknown_name_is_refused_with_the_nearest():
     with pytest.raises(ConfigError, match=r"unknown loss 'jds'; did you mean 'jsd'\?"):
-        lookup("loss", "jds", {"kl": 1, "jsd": 2})
+        check_known("loss", "jds", {"kl": 1, "jsd": 2})

@@ -15,7 +15,7 @@ from mdm.train import objective
 from mdm.train.objective import (
     ObjectiveSettings,
     check_objective,
-    kd_weight,
+    kd_lambda_at,
     loss_sums,
     mask_batch,
     soft_targets,
@@ -340,8 +340,8 @@ def test_the_settings_choose_the_divergence(student, teacher):
 
 def test_kd_weight_ramps():
     settings = ObjectiveSettings(kd_lambda=0.8, kd_ramp_steps=4)
-    assert [kd_weight(settings, s) for s in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8])
-    assert kd_weight(dataclasses.replace(settings, kd_ramp_steps=0), 0) == 0.8
+    assert [kd_lambda_at(settings, s) for s in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8])
+    assert kd_lambda_at(dataclasses.replace(settings, kd_ramp_steps=0), 0) == 0.8
 
 
 @pytest.mark.parametrize(

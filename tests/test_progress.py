@@ -12,7 +12,7 @@ SUMMARY = {"nelbo": 2.5, "nelbo_std_err": 0.1, "rows": 4, "unit": "nats per toke
 
 
 def metrics(**values):
-    base = {"loss": 3.0, "ce": 3.5, "kd": 2.5, "kd_weight": 0.5, "gradient_norm": 1.0}
+    base = {"loss": 3.0, "ce": 3.5, "kd": 2.5, "kd_lambda": 0.5, "gradient_norm": 1.0}
     return base | {"learning_rate": 1e-4, "tokens": 100.0} | values
 
 
@@ -24,7 +24,7 @@ def whole_run(folder):
     shown = progress(folder)
     shown.evaluation(0, SUMMARY)
     for step in range(1, 5):
-        shown.step(step, metrics(loss=4.0 - step))
+        shown.step(step, metrics(loss=4.0 - step), 1.0)
     shown.evaluation(4, SUMMARY)
     shown.close()
     return folder / "metrics.jsonl"
@@ -49,7 +49,7 @@ def test_a_resumed_run_writes_every_step_once(tmp_path):
         file.write('{"step": 5, "lo')  # killed while writing
     shown = progress(tmp_path, steps=5, first=2)
     assert [entry["step"] for entry in read_metrics(path)] == [0, 1, 2]
-    shown.step(3, metrics())
+    shown.step(3, metrics(), 1.0)
     assert [entry["step"] for entry in read_metrics(path)] == [0, 1, 2, 3]
     progress(tmp_path, first=0)  # nothing was finished: everything is written again
     assert read_metrics(path) == []
@@ -58,7 +58,7 @@ def test_a_resumed_run_writes_every_step_once(tmp_path):
 def test_only_the_first_process_writes(tmp_path, capsys):
     shown = progress(tmp_path, active=False, board=True)
     shown.evaluation(0, SUMMARY)
-    shown.step(1, metrics())
+    shown.step(1, metrics(), 1.0)
     shown.say("hello")
     shown.close()
     assert list(tmp_path.iterdir()) == []
@@ -68,8 +68,8 @@ def test_only_the_first_process_writes(tmp_path, capsys):
 def test_a_live_line_on_a_terminal(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     shown = progress(tmp_path)
-    shown.step(1, metrics())
-    shown.step(2, metrics())
+    shown.step(1, metrics(), 1.0)
+    shown.step(2, metrics(), 1.0)
     shown.say("done")
     output = capsys.readouterr().err
     assert output.count("\n") == 2  # before and after "done", none between the steps
@@ -79,7 +79,7 @@ def test_a_live_line_on_a_terminal(tmp_path, capsys, monkeypatch):
 def test_few_lines_without_a_terminal(tmp_path, capsys):
     shown = progress(tmp_path, steps=1000)
     for step in range(1, 1001):
-        shown.step(step, metrics())
+        shown.step(step, metrics(), 1.0)
     assert len(capsys.readouterr().err.splitlines()) == 20
 
 
@@ -88,11 +88,11 @@ def test_tensorboard(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     shown = progress(tmp_path, board=True)
     shown.evaluation(0, SUMMARY)
-    shown.step(1, metrics(loss=1.0))
-    shown.step(2, metrics(loss=9.0))
+    shown.step(1, metrics(loss=1.0), 1.0)
+    shown.step(2, metrics(loss=9.0), 1.0)
     shown.close()
     shown = progress(tmp_path, first=1, board=True)  # step 2 is done again
-    shown.step(2, metrics(loss=2.0))
+    shown.step(2, metrics(loss=2.0), 1.0)
     shown.close()
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()

@@ -398,3 +398,16 @@ def test_one_batch_has_one_compat_mode():
     ]
     with pytest.raises(ConfigError, match="must have the same compat mode"):
         list(denoise(denoiser, canvases))
+
+
+def test_an_end_in_one_hole_leaves_the_holes_after_given_text_alone():
+    def logits_fn(xt_BL):
+        logits_BLV = torch.zeros(*xt_BL.shape, V)
+        logits_BLV[:, 2:4, END] = 9.0  # the surest proposals of all
+        logits_BLV[:, 4:, 5] = 3.0
+        return logits_BLV
+
+    student = ScriptedStudent(logits_fn)
+    canvas = make_canvas(student, [START, 5, MASK, MASK, 6, 7, MASK, MASK], SamplerSettings())
+    run(student, [canvas])
+    assert canvas.ids_L.tolist() == [START, 5, END, END, 6, 7, 5, 5]

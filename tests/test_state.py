@@ -104,7 +104,7 @@ def test_keeps_the_newest_by_number(tmp_path):
 def test_other_data_is_refused(tmp_path):
     parts = Parts()
     path = parts.save(tmp_path, 0)
-    with pytest.raises(DataError, match="have changed since"):
+    with pytest.raises(DataError, match="are not those it was interrupted with"):
         parts.load(path, data="another corpus")
 
 

@@ -139,14 +139,14 @@ def test_top_k_keeps_the_best_candidates_by_posterior():
 # --- the same, however it is computed ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("branch_rows", [1, 7, 12])
+@pytest.mark.parametrize("branch_tokens", [1, 7, 12])
 @pytest.mark.parametrize("chunk_bytes", [1, 2**20])
-def test_splitting_changes_nothing(branch_rows, chunk_bytes, monkeypatch):
+def test_splitting_changes_nothing(branch_tokens, chunk_bytes, monkeypatch):
     model = tiny.toy_ar(V)
     x0, wanted = [X0, [0, 1, 1, 3, 0, 4]], torch.cat([at(*EVERYWHERE), at(1, 3)])
-    whole = ask(model, x0, wanted, branch_rows=10**6)
+    whole = ask(model, x0, wanted, branch_tokens=10**6)
     monkeypatch.setattr("mdm.train.teachers.chunks.CHUNK_BYTES", chunk_bytes)
-    split = ask(model, x0, wanted, branch_rows=branch_rows)
+    split = ask(model, x0, wanted, branch_tokens=branch_tokens)
     torch.testing.assert_close(dense(split), dense(whole), atol=1e-6, rtol=0)
 
 
@@ -210,11 +210,31 @@ def test_nothing_asked_for():
 
 def test_says_what_it_conditioned_on():
     model = tiny.toy_ar(V)
-    assert ask(model, [X0], at(2)).conditioned_on == "left+right"
-    assert ask(model, [X0], at(2), window=3).conditioned_on == "left+right(3)"
+    assert ask(model, [X0], at(2)).conditioned_on == "left+right(document)"
+    assert ask(model, [X0], at(2), window=3).conditioned_on == "left+right(window 3)"
 
 
 def test_last_scored():
     ids = torch.tensor([[0, 0, 0, 1, 1, -1]])
     assert last_scored(ids, 0).tolist() == [[2, 2, 2, 4, 4, 5]]
     assert last_scored(ids, 1).tolist() == [[1, 2, 2, 4, 4, 5]]
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 4])
+def test_a_block_ends_the_evidence(block):
+    """Changing a token after the block changes nothing; one inside it, to the right, does."""
+    model = tiny.toy_ar(V)
+    targets = ask(model, [X0], at(*EVERYWHERE), block=block)
+    for row, i in enumerate(EVERYWHERE):
+        expected = posterior(model, [i], i, end=min(L, (i // block + 1) * block))
+        torch.testing.assert_close(dense(targets)[row], expected, **EXACT)
+    assert targets.conditioned_on == f"left+right(block {block})"
+    both = ask(model, [X0], at(2), block=block, window=3).conditioned_on
+    assert both == f"left+right(window 3, block {block})"
+
+
+def test_blocks_are_counted_from_the_start_of_a_document():
+    ids = torch.tensor([[0, 0, 0, 1, 1, 1, 1, -1]])
+    assert last_scored(ids, 0, 2).tolist() == [[1, 1, 2, 4, 4, 6, 6, 7]]
+    assert last_scored(ids, 0, 0).tolist() == [[2, 2, 2, 6, 6, 6, 6, 7]]
+    assert last_scored(ids, 1, 0).tolist() == [[1, 2, 2, 4, 5, 6, 6, 7]]

@@ -118,7 +118,7 @@ def test_shapes_are_checked():
         ("top_p", 1.1),
         ("candidates", 0),
         ("window", -1),
-        ("branch_rows", 0),
+        ("branch_tokens", 0),
     ],
 )
 def test_settings_out_of_range(name, value):

@@ -129,7 +129,7 @@ def test_a_finished_run(uninterrupted):
         record["results"]["before"]["nelbo"] - last["nelbo"]
     )
     assert read_settings(uninterrupted / "final")["lineage"][-1]["steps"] == 12
-    ramp = [e["kd_weight"] for e in read_metrics(uninterrupted / "metrics.jsonl") if "loss" in e]
+    ramp = [e["kd_lambda"] for e in read_metrics(uninterrupted / "metrics.jsonl") if "loss" in e]
     assert ramp[:4] == pytest.approx([1 / 6, 1 / 3, 0.5, 0.5])
 
 
@@ -378,18 +378,26 @@ def interrupted(settings, tmp_path, monkeypatch):
     return folder
 
 
-def test_a_changed_corpus_is_refused(ar, tmp_path, interrupted):
-    """The tokens of the remaining steps would be others."""
+def test_a_changed_corpus_does_not_change_a_run(ar, tmp_path, interrupted, uninterrupted):
+    """It goes on with the rows it began with, and ends at the same bits."""
     recipe = read_run(interrupted)
     added = Path(recipe.data.sources[0]) / "new.py"
     try:
         added.write_text("def added(a, b, c):\n    return a * b * c\n" * 3)
-        with pytest.raises(DataError, match="changed since this run was interrupted"):
-            train(recipe, interrupted)
+        train(recipe, interrupted)
     finally:
         added.unlink()
-    train(recipe, interrupted)  # the data as it was
-    assert steps_of(interrupted) == list(range(1, 13))
+    assert weights(interrupted) == weights(uninterrupted)
+
+
+def test_other_rows_are_refused(interrupted):
+    """The tokens of the remaining steps would be others."""
+    manifest = interrupted / "data" / "manifest.json"
+    counted = json.loads(manifest.read_text())
+    counted["made_from"]["sources_state"] = "another"
+    manifest.write_text(json.dumps(counted))
+    with pytest.raises(DataError, match="are not those it was interrupted with"):
+        train(read_run(interrupted), interrupted)
 
 
 def test_a_damaged_checkpoint_is_named(interrupted):

@@ -56,7 +56,7 @@ def train(
     from mdm.errors import ConfigError
 
     from . import processes
-    from .recipe import DEFAULT_RECIPE, describe_settings, read_recipe, shipped_recipes
+    from .recipe import DEFAULT_RECIPE, describe_settings, named, read_recipe, shipped_recipes
 
     if list_recipes:
         click.echo("\n".join(shipped_recipes()))
@@ -69,8 +69,6 @@ def train(
             "--resume continues a run as it was; --recipe, --set, --name and --overwrite do not go"
             " with it"
         )
-    if name is not None:
-        assignments = (*assignments, f"name={name}")
     if dry_run:
         from .estimate import describe
 
@@ -79,7 +77,7 @@ def train(
 
             click.echo(describe(read_run(resume)))
         else:
-            click.echo(describe(read_recipe(recipe or DEFAULT_RECIPE, assignments)))
+            click.echo(describe(named(read_recipe(recipe or DEFAULT_RECIPE, assignments), name)))
         return
     from .run import new_run, read_run
     from .trainer import train as run_training
@@ -88,7 +86,7 @@ def train(
         if resume is not None:
             folder, settings = resume, read_run(resume)
         else:
-            settings = read_recipe(recipe or DEFAULT_RECIPE, assignments)
+            settings = named(read_recipe(recipe or DEFAULT_RECIPE, assignments), name)
             folder = Path(runs) / settings.name
             if processes.rank() == 0:
                 new_run(settings, Path(runs), overwrite=overwrite)

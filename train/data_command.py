@@ -33,6 +33,7 @@ def functions(source: str, output: Path, limit: int | None) -> None:
     SOURCE is a folder of Python files, one file, or `stdlib`. Rows have the keys prompt, response,
     origin, name and line, and can be trained on: --set data.sources=[FILE].
     """
+    import contextlib
     import dataclasses
     import itertools
     import json
@@ -58,7 +59,8 @@ def functions(source: str, output: Path, limit: int | None) -> None:
     except OSError as error:
         raise DataError(f"cannot write {output}: {error}") from error
     finally:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the error above says more
+            draft.unlink()
     click.echo(f"{count} functions, {characters} characters → {output}")
     click.echo(f"files left out: {skips}")
 
@@ -87,10 +89,9 @@ def inspect(sources: tuple[str, ...], tokenizer: str, assignments: tuple[str, ..
     """
     import tempfile
 
-    from mdm.checkpoint import load_tokenizer
+    from mdm.checkpoint import load_vocab
     from mdm.config import build, override
     from mdm.errors import ConfigError, unknown
-    from mdm.vocab import read_vocab
 
     from .dataset import DataSettings, prepare
 
@@ -98,7 +99,7 @@ def inspect(sources: tuple[str, ...], tokenizer: str, assignments: tuple[str, ..
     for section in set(tree) - {"data"}:
         raise ConfigError(unknown("section", section, ["data"]))
     settings = build(DataSettings, tree["data"], where="data.")
-    vocab = read_vocab(load_tokenizer(tokenizer))
+    vocab = load_vocab(tokenizer)
     with tempfile.TemporaryDirectory(prefix="mdm-inspect-") as folder:
         prepared = prepare(settings, vocab, Path(folder) / "data")
         click.echo("\n".join(_summary(prepared.manifest, settings.length)))

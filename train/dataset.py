@@ -114,7 +114,7 @@ def prepare(settings: DataSettings, vocab: Vocab, directory: str | Path) -> Prep
         counts = _write(settings, vocab, sources, draft)
         manifest = json.dumps({"made_from": made_from, **counts}, indent=1)
         (draft / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
-    return _open(directory, reused=False)
+    return open_prepared(directory, reused=False)
 
 
 def _made_from(settings: DataSettings, vocab: Vocab, sources: list[Source]) -> dict[str, Any]:
@@ -148,13 +148,14 @@ def _require_ours(directory: Path) -> None:
 def _finished(directory: Path, made_from: Mapping[str, Any]) -> PreparedData | None:
     """The data in a directory, if it is complete and was made from the same things."""
     try:
-        data = _open(directory, reused=True)
+        data = open_prepared(directory, reused=True)
     except DataError:
         return None
     return data if data.manifest.get("made_from") == made_from else None
 
 
-def _open(directory: Path, *, reused: bool) -> PreparedData:
+def open_prepared(directory: Path, *, reused: bool = True) -> PreparedData:
+    """The data that lies in a directory, whatever has become of its sources since. Raises DataError."""
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         expected = [manifest["splits"][split]["rows"] for split in SPLITS]

@@ -10,7 +10,7 @@ import yaml
 from mdm.checkpoint import load_config
 from mdm.config import to_tree
 from mdm.convert import student_config
-from mdm.denoiser import CHUNK_BYTES
+from mdm.denoiser import CHUNK_BYTES, max_length
 
 from .recipe import Recipe
 from .run import require_context
@@ -48,11 +48,6 @@ def describe(recipe: Recipe) -> str:
     lines.append(f"memory      about {sum(memory.values()) / GIB:.1f} GiB a process:")
     lines += [f"              {name:<22}{size / GIB:7.2f} GiB" for name, size in memory.items()]
     return "\n".join(lines)
-
-
-def max_length(config: Any) -> int:
-    """Longest row a model with this config was built for, in tokens."""
-    return int(config.get_text_config().max_position_embeddings)
 
 
 def count_parameters(config: Any) -> int:

@@ -17,7 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mdm.denoiser import Denoiser
-from mdm.diffusion import apply_mask, mask_exactly, row_uniforms, spread_uniforms
+from mdm.diffusion import (
+    apply_mask,
+    generator,
+    mask_exactly,
+    row_uniforms,
+    spread_uniforms,
+)
 
 from . import processes
 
@@ -103,8 +109,10 @@ def _evaluate(
     denoiser: Denoiser, rows: Rows, batch: list[int], draw: int, draws: int, count: int, seed: int
 ) -> torch.Tensor:
     data = rows.batch(batch)
-    # The draws of a row fall into different parts of 1..L, and so do neighbouring rows.
-    samples = [draw * count + row for row in batch]
+    # The draws of a row fall into different parts of 1..L; rows are shuffled, or neighbours, which come
+    # from one file, would share a noise level.
+    order = torch.randperm(count, generator=generator("held-out order", seed)).tolist()
+    samples = [draw * count + order[row] for row in batch]
     level_B = spread_uniforms("held-out level", seed, 0, samples, count * draws)
     total_B = data.maskable_BL.sum(1)
     count_B = torch.minimum((level_B * total_B).long() + 1, total_B)

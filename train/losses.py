@@ -153,7 +153,7 @@ def check_tail(divergence: str, tail: str, *, truncated: bool) -> None:
     """Refuse the reverse KL to `truncated` targets, which give most tokens no mass at all."""
     if divergence == "reverse_kl" and truncated and tail != "renormalise":
         raise ConfigError(
-            "reverse_kl is infinite for targets without mass outside the kept tokens"
-            " (target.kind=suffix, or target.top_p below 1); set objective.tail=renormalise or"
-            " objective.divergence=forward_kl"
+            "reverse_kl means nothing for targets without mass outside the kept tokens"
+            " (target.kind=suffix, or target.top_p below 1): by definition it is infinite;"
+            " set objective.tail=renormalise or objective.divergence=forward_kl"
         )

@@ -202,7 +202,7 @@ def subset_correction(whole_BL: torch.Tensor, part_BL: torch.Tensor) -> torch.Te
     return part_BL * factor_B[:, None]
 
 
-def kd_weight(settings: ObjectiveSettings, step: int) -> float:
+def kd_lambda_at(settings: ObjectiveSettings, step: int) -> float:
     """λ at this optimizer step (0-based)."""
     return settings.kd_lambda * linear_ramp(step, ramp_steps=settings.kd_ramp_steps)
 

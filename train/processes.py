@@ -6,6 +6,7 @@ The trainer calls these whether or not there are other processes; with one they 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 from collections.abc import Iterator
 
@@ -21,7 +22,10 @@ def process_group() -> Iterator[None]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    # The others wait while the first tokenises, which takes long on a large corpus.
+    dist.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(hours=12)
+    )
     try:
         yield
     finally:

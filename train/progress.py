@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ class Progress:
 
     def __init__(self, folder: Path, *, steps: int, first: int, active: bool, board: bool) -> None:
         self.steps, self.first, self.active = steps, first, active
-        self.start = time.monotonic()
         self.tokens = 0
         self.live = active and sys.stderr.isatty()
         self.path = folder / "metrics.jsonl"
@@ -29,12 +27,11 @@ class Progress:
         if active:
             _keep_until(self.path, first)
 
-    def step(self, step: int, metrics: dict[str, float]) -> None:
-        """Record a finished step (counted from 1)."""
+    def step(self, step: int, metrics: dict[str, float], seconds: float) -> None:
+        """Record a finished step (counted from 1), `seconds` after the first one of the session began."""
         self.tokens += int(metrics["tokens"])
         if not self.active:
             return
-        seconds = time.monotonic() - self.start
         rate = self.tokens / seconds
         memory = peak_memory_bytes()
         self._write({"step": step, **metrics, "tokens_per_second": rate, "memory_bytes": memory})

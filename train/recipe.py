@@ -160,6 +160,11 @@ def read_recipe(name: str, assignments: Sequence[str] = ()) -> Recipe:
     return build(Recipe, override(tree, assignments))
 
 
+def named(recipe: Recipe, name: str | None) -> Recipe:
+    """The recipe under another name, if one is given."""
+    return recipe if name is None else dataclasses.replace(recipe, name=name)
+
+
 def describe_settings() -> str:
     """Every setting with its default and what it means, from the docstrings of the sections."""
     lines = []

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -28,12 +29,12 @@ from mdm.errors import CheckpointError, ConfigError
 from mdm.record import append_record, commit, make_record, peak_rss_bytes
 
 from . import processes
-from .dataset import PreparedData, prepare
+from .dataset import PreparedData, open_prepared, prepare
 from .held_out import HeldOut, held_out_bound
 from .optimizer import WeightAverage, adamw
 from .progress import plot_loss
 from .recipe import Recipe
-from .state import save_state
+from .state import save_state, saved_steps
 from .teachers.ar import ARTeacher, load_teacher
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -83,11 +84,8 @@ class Outcome:
 def new_run(recipe: Recipe, runs: Path, *, overwrite: bool = False) -> Path:
     """Make the folder of a new run. Raises ConfigError if there is one, unless it is to be replaced."""
     folder = runs / recipe.name
-    if not overwrite and any((folder / part).exists() for part in ("recipe.yaml", *WRITTEN)):
-        raise ConfigError(
-            f"{folder} holds a run already; continue it with `mdm train --resume {folder}`,"
-            " replace it with --overwrite, or give another --name"
-        )
+    if not overwrite:
+        refuse_existing(folder)
     for part in WRITTEN:
         path = folder / part
         if path.is_dir():
@@ -98,6 +96,15 @@ def new_run(recipe: Recipe, runs: Path, *, overwrite: bool = False) -> Path:
     text = yaml.safe_dump(to_tree(recipe), sort_keys=False)
     (folder / "recipe.yaml").write_text(text, encoding="utf-8")
     return folder
+
+
+def refuse_existing(folder: Path) -> None:
+    """Raise ConfigError if a run has written anything there."""
+    if any((folder / part).exists() for part in WRITTEN):
+        raise ConfigError(
+            f"{folder} holds a run already; continue it with `mdm train --resume {folder}`,"
+            " replace it with --overwrite, or give another --name"
+        )
 
 
 def read_run(folder: Path) -> Recipe:
@@ -117,13 +124,13 @@ def start(recipe: Recipe, folder: Path) -> Run:
         )
     torch.manual_seed(settings.seed)
     denoiser = initial_student(recipe)
-    data = prepare_data(recipe, denoiser, folder)
     teacher = None
     if recipe.objective.kd_lambda > 0:
         dtype = DTYPES[recipe.teacher.dtype]
         teacher = load_teacher(recipe.teacher.model, denoiser.vocab, dtype=dtype)
         require_context(recipe, teacher.max_length, "teacher")
         teacher.model.to(device)
+    data = prepare_data(recipe, denoiser, folder)
     denoiser.to(device)
     if settings.gradient_checkpointing:
         denoiser.model.activation_checkpointing_enable()
@@ -162,7 +169,12 @@ def require_context(recipe: Recipe, max_length: int, who: str) -> None:
 
 
 def prepare_data(recipe: Recipe, denoiser: Denoiser, folder: Path) -> PreparedData:
-    """Tokenised rows in the run's folder; the first process makes them, all read them."""
+    """Tokenised rows in the run's folder; the first process makes them, all read them.
+
+    A run that has a checkpoint goes on with the rows it began with, whatever the corpus is now.
+    """
+    if saved_steps(folder / "checkpoints"):
+        return open_prepared(folder / "data")
     if processes.rank() == 0:
         prepare(recipe.data, denoiser.vocab, folder / "data")
     processes.barrier()
@@ -189,7 +201,7 @@ def evaluate_before(run: Run, finished_steps: int) -> HeldOut:
     if finished_steps > 0:
         try:
             return HeldOut(load_file(path)["values"], run.recipe.train.eval_draws)
-        except OSError as error:
+        except (OSError, KeyError, SafetensorError) as error:
             raise CheckpointError(f"cannot read {path}: {error}; start the run again") from error
     before = evaluate(run)
     if processes.rank() == 0:

@@ -88,8 +88,8 @@ def load_state(
         ) from error
     if made_from != data:
         raise DataError(
-            "the corpus or its settings have changed since this run was interrupted, so it cannot be"
-            " continued exactly; restore the data, or start a new run"
+            "the prepared data of this run are not those it was interrupted with, so it cannot be"
+            " continued exactly; restore its data/ folder, or start a new run"
         )
     return step
 

@@ -24,7 +24,7 @@ class SoftTargets:
     log_probs_NK    their log-probabilities at `temperature`, float32, nats
     tail_mass_N     probability of all tokens not kept, float32; 0 if renormalised over the kept
     temperature     the distribution is softmax(scores / temperature)
-    conditioned_on  "left", or "left+right(n)" with the n tokens of the right side that were scored
+    conditioned_on  "left", or "left+right(…)" with the limits of the right side that was scored
     """
 
     token_ids_NK: torch.Tensor
@@ -92,7 +92,9 @@ class TargetSettings:
     top_p        nucleus filter at temperature 1; 1 = off
     candidates   suffix: candidates scored per position (its likeliest tokens and the true one)
     window       suffix: tokens of the right side that are scored; 0 = to the end of the document
-    branch_rows  suffix: most branch tokens in one teacher forward, bounds memory
+    block        suffix: the right side ends with the block of this many tokens (counted from the start of
+                 the document), as a block-wise student sees it; 0 = no blocks
+    branch_tokens suffix: most branch tokens in one teacher forward, bounds memory
     """
 
     kind: str = "left"
@@ -100,11 +102,15 @@ class TargetSettings:
     top_p: float = 1.0
     candidates: int = 8
     window: int = 16
-    branch_rows: int = 2048
+    block: int = 0
+    branch_tokens: int = 2048
 
     def __post_init__(self) -> None:
         require(self.top_k >= 1, f"target.top_k must be at least 1; got {self.top_k}")
         require(0 < self.top_p <= 1, f"target.top_p must be in (0, 1]; got {self.top_p}")
         require(self.candidates >= 1, f"target.candidates must be >= 1; got {self.candidates}")
         require(self.window >= 0, f"target.window must be >= 0 (0 = no limit); got {self.window}")
-        require(self.branch_rows >= 1, f"target.branch_rows must be >= 1; got {self.branch_rows}")
+        require(self.block >= 0, f"target.block must be >= 0 (0 = no blocks); got {self.block}")
+        require(
+            self.branch_tokens >= 1, f"target.branch_tokens must be >= 1; got {self.branch_tokens}"
+        )

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mdm.errors import ConfigError, TrainingError
 
 from . import processes
-from .objective import MaskedBatch, kd_weight, loss_sums, mask_batch, soft_targets
+from .objective import MaskedBatch, kd_lambda_at, loss_sums, mask_batch, soft_targets
 from .optimizer import lr_factor
 from .progress import Progress, read_metrics
 from .recipe import Recipe
@@ -61,7 +61,7 @@ def train(recipe: Recipe, folder: Path) -> Outcome:
             metrics = train_step(run, step)
             step += 1
             tokens += int(metrics["tokens"])
-            progress.step(step, metrics)
+            progress.step(step, metrics, time.monotonic() - began)
             if step == settings.steps:
                 break
             if due(settings.eval_every, step):
@@ -96,7 +96,7 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     own_2 = torch.tensor([[b.denominator, float(b.num_tokens)] for b in batches]).double().sum(0)
     denominator, tokens = processes.total(own_2.to(device)).tolist()
     denominator = max(denominator, 1.0)
-    share = kd_weight(run.recipe.objective, step) if run.teacher else 0.0
+    share = kd_lambda_at(run.recipe.objective, step) if run.teacher else 0.0
     mix_2 = torch.tensor([1 - share, share], device=device)
     sums_2 = torch.zeros(2, device=device)
     for index, batch in enumerate(batches):
@@ -129,7 +129,7 @@ def train_step(run: Run, step: int) -> dict[str, float]:
         "loss": (1 - share) * ce + share * kd,
         "ce": ce,
         "kd": kd,
-        "kd_weight": share,
+        "kd_lambda": share,
         "gradient_norm": norm,
         "learning_rate": rate,
         "tokens": tokens,

@@ -7,7 +7,6 @@ V teacher vocabulary, N positions asked for, D width.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,9 +16,10 @@ from mdm.denoiser import (
     attention_layout,
     has_plain_head,
     has_sliding_window,
+    max_length,
     probe_attention,
 )
-from mdm.vocab import Vocab, read_vocab, require_same_tokens
+from mdm.vocab import Vocab, require_same_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,7 +45,7 @@ class ARTeacher:
         """
         config = self.model.config.get_text_config()
         window = getattr(config, "sliding_window", None) if has_sliding_window(config) else None
-        return int(min(config.max_position_embeddings, window or math.inf))
+        return min(max_length(config), window or max_length(config))
 
     def rows(
         self,
@@ -87,10 +87,6 @@ def load_teacher(source: str, student: Vocab, *, dtype: torch.dtype) -> ARTeache
     """
     model, tokenizer = load_ar(source, dtype=dtype)
     probe_attention(model, causal=True)
-    num_tokens = require_same_tokens(read_vocab(tokenizer, end_token=_end_token(student)), student)
+    num_tokens = require_same_tokens(tokenizer, student.tokenizer)
     mask_id = student.mask_id if (student.mask_id or 0) < num_tokens else None
     return ARTeacher(model.requires_grad_(False), num_tokens, has_plain_head(model), mask_id)
-
-
-def _end_token(student: Vocab) -> str:
-    return student.token(student.eos_id)

@@ -45,7 +45,7 @@ def suffix_scored(
         return ids_nK, log_probs_nV.gather(-1, ids_nK)
 
     ids_NK, scores_NK = in_chunks(prior, teacher.num_tokens, rows_ND, x0_BL[wanted_BL])
-    last_BL = last_scored(document_ids_BL, settings.window)
+    last_BL = last_scored(document_ids_BL, settings.window, settings.block)
     # The r-th wanted position of every row goes into one forward.
     rank_BL = wanted_BL.cumsum(1) - 1
     index_BL = torch.full_like(x0_BL, -1)
@@ -60,20 +60,21 @@ def suffix_scored(
         )
         if branch_length == 0:
             continue  # nothing to the right of any of these positions
-        size = max(1, settings.branch_rows // (len(x0_BL) * branch_length))
+        size = max(1, settings.branch_tokens // (len(x0_BL) * branch_length))
         for first in range(0, kept, size):
             ids_Bk = ids_NK[rows_B.clamp(min=0)][:, first : first + size]
             gain_Bk = score_branches(
                 teacher, cache, x0_BL, document_ids_BL, position_B, last_BL, ids_Bk, branch_length
             )
             scores_NK[rows_B[has_B], first : first + size] += gain_Bk[has_B]
-    where = f"left+right({settings.window})" if settings.window else "left+right"
+    limits = {"window": settings.window, "block": settings.block}
+    stated = ", ".join(f"{name} {value}" for name, value in limits.items() if value)
     return keep_top(
         scores_NK,
         top_k=settings.top_k,
         top_p=settings.top_p,
         temperature=temperature,
-        conditioned_on=where,
+        conditioned_on=f"left+right({stated or 'document'})",
         token_ids_NV=ids_NK,
     )
 
@@ -85,15 +86,23 @@ def with_true_token(ids_nK: torch.Tensor, true_n: torch.Tensor) -> torch.Tensor:
     return ids_nK
 
 
-def last_scored(document_ids_BL: torch.Tensor, window: int) -> torch.Tensor:
-    """(B, L) last position whose token is evidence for position i: its document's end, or i + window."""
+def last_scored(document_ids_BL: torch.Tensor, window: int, block: int = 0) -> torch.Tensor:
+    """(B, L) last position whose token is evidence for position i.
+
+    The end of its document, or before that i + window, or the end of its block; 0 = no such limit.
+    """
     length = document_ids_BL.shape[1]
     index_L = torch.arange(length, device=document_ids_BL.device)
     ends_BL = torch.ones_like(document_ids_BL, dtype=torch.bool)
     ends_BL[:, :-1] = document_ids_BL[:, 1:] != document_ids_BL[:, :-1]
     end_BL = torch.where(ends_BL, index_L, torch.full_like(document_ids_BL, length))
     end_BL = end_BL.flip(1).cummin(1).values.flip(1)
-    return end_BL.minimum(index_L + window) if window else end_BL
+    if window:
+        end_BL = end_BL.minimum(index_L + window)
+    if block:
+        left_in_block_BL = block - 1 - attention.positions(document_ids_BL) % block
+        end_BL = end_BL.minimum(index_L + left_in_block_BL)
+    return end_BL
 
 
 def score_branches(
