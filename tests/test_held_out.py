@@ -176,7 +176,9 @@ def test_a_row_without_anything_to_mask_does_not_count(student):
 
 def test_neighbouring_rows_have_noise_levels_of_their_own(student):
     """They come from one file, whose text must not stand for a noise level."""
-    level_R = evaluated(student, Listed([([START, *range(97, 117)], 1)] * 40), draws=1).values_R4[:, 0]
+    level_R = evaluated(student, Listed([([START, *range(97, 117)], 1)] * 40), draws=1).values_R4[
+        :, 0
+    ]
     steps = level_R.diff().abs().mean()
     assert steps > 0.2  # in order it would be 1/40
     assert level_R.sort().values.diff().max() < 0.11  # and together they still cover 0..1 evenly
