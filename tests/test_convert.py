@@ -7,7 +7,7 @@ import torch
 from tiny import FAMILIES, byte_tokenizer, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, Phi3Config
 
-from mdm.checkpoint import load_ar, weights_hash
+from mdm.checkpoint import load_ar, save_denoiser, weights_hash
 from mdm.convert import StudentSettings, convert, make_bidirectional, student_config
 from mdm.errors import CheckpointError, ConfigError, VocabError
 
@@ -268,3 +268,9 @@ def test_random_weights_need_a_config_and_a_tokenizer_only(ar_folder, tmp_path):
     assert student.lineage[0]["weights"] is None
     with pytest.raises(CheckpointError):
         convert(StudentSettings(init=str(bare)))
+
+
+def test_a_student_is_not_converted_again(ar_folder, tmp_path):
+    save_denoiser(convert(StudentSettings(init=ar_folder("llama"))), tmp_path / "student")
+    with pytest.raises(ConfigError, match="is a student already"):
+        convert(StudentSettings(init=str(tmp_path / "student")))

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from mdm.benchmarks import demo
 from mdm.benchmarks.command import demo as command
+from mdm.errors import ConfigError
 from mdm.train.teachers.ar import load_teacher
 
 
@@ -74,3 +75,21 @@ def test_token_accuracy_counts_tokens_and_spreads_over_holes():
     share, std_err = demo.token_accuracy(holes, [[1, 2, 3], [0, 0, 0]])
     assert share == 0.5
     assert std_err == pytest.approx(0.5)  # values 1 and 0: sd .707, over the root of 2
+
+
+def test_only_the_demos_own_run_is_replaced(recipe_file, tmp_path):
+    final = tmp_path / "runs" / "mine" / "final"
+    final.mkdir(parents=True)
+    arguments = ["--recipe", str(recipe_file), "--runs", str(tmp_path / "runs")]
+    with pytest.raises(ConfigError, match="holds a run already"):
+        CliRunner().invoke(command, [*arguments, "--set", "name=mine"], catch_exceptions=False)
+    assert final.is_dir()
+
+
+def test_rows_too_short_for_a_hole_are_named(recipe_file, tmp_path):
+    final = tmp_path / "runs" / "demo" / "final"
+    final.mkdir(parents=True)
+    arguments = ["--recipe", str(recipe_file), "--runs", str(tmp_path / "runs")]
+    with pytest.raises(ConfigError, match=r"raise data.length above 51"):
+        CliRunner().invoke(command, [*arguments, "--set", "data.length=40"], catch_exceptions=False)
+    assert final.is_dir()  # what was there is lost only when the demo can run

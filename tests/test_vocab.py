@@ -171,3 +171,10 @@ def test_ids_that_differ_are_named():
     text = r"differ at 2 of 261 ids .* 259: '<\|x\|>' / '<\|y\|>', 260: '<\|y\|>' / '<\|x\|>'"
     with pytest.raises(VocabError, match=text):
         require_same_tokens(teacher.tokenizer, student.tokenizer)
+
+
+def test_a_template_that_refuses_a_conversation_says_why():
+    teacher = vocab()
+    teacher.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(VocabError, match="refuses these messages: roles must alternate"):
+        teacher.encode_chat([{"role": "user", "content": "hi"}])

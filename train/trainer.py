@@ -89,7 +89,7 @@ def train(recipe: Recipe, folder: Path) -> Outcome:
 
 
 def train_step(run: Run, step: int) -> dict[str, float]:
-    """One optimizer step (0-based). Returns loss, ce, kd, kd_weight, norm, learning rate, tokens."""
+    """One optimizer step (0-based). Returns the metrics, tokens among them."""
     settings = run.recipe.train
     device = run.denoiser.device
     batches = micro_batches(run, step)
