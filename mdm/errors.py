@@ -5,7 +5,9 @@ MdmError            anything below; the command line prints it in one line and e
 ├── DataError       a corpus, a file or a row of it            → change the data
 ├── VocabError      tokenizer, mask token or token ids         → change the tokenizer or the teacher
 ├── CheckpointError a model folder: missing, broken, disk full → give another folder, free the disk
-└── TrainingError   training cannot go on (a loss is NaN)      → resume with other settings
+├── TrainingError   training cannot go on (a loss is NaN)      → resume with other settings
+├── RequestError    one request: too long, empty, a mask in it → change the request
+└── SandboxError    programs cannot run safely on this machine → lower the level, other machine
 """
 
 from __future__ import annotations
@@ -48,6 +50,18 @@ class TrainingError(MdmError, RuntimeError):
     """Training cannot go on; the last good checkpoint is kept."""
 
     exit_code = 6
+
+
+class RequestError(MdmError, ValueError):
+    """One request cannot be served: it is empty, too long, or contains what it must not."""
+
+    exit_code = 8
+
+
+class SandboxError(MdmError, RuntimeError):
+    """The sandbox for generated programs does not start, or is weaker than asked."""
+
+    exit_code = 7
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> str:

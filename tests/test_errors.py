@@ -10,13 +10,23 @@ from mdm.errors import (
     ConfigError,
     DataError,
     MdmError,
+    RequestError,
+    SandboxError,
     TrainingError,
     VocabError,
     check_known,
     unknown,
 )
 
-LEAVES = (ConfigError, DataError, VocabError, CheckpointError, TrainingError)
+LEAVES = (
+    ConfigError,
+    DataError,
+    VocabError,
+    CheckpointError,
+    TrainingError,
+    RequestError,
+    SandboxError,
+)
 
 
 def test_these_are_all_the_errors():
@@ -32,6 +42,8 @@ def test_these_are_all_the_errors():
         (VocabError, ValueError),
         (CheckpointError, OSError),
         (TrainingError, RuntimeError),
+        (RequestError, ValueError),
+        (SandboxError, RuntimeError),
     ],
 )
 def test_each_error_is_an_mdm_error_and_the_builtin_one(kind, builtin):

@@ -38,11 +38,18 @@ ROOMS = (
     "canvas",
     "llada",
     "sampler",
+    "estimators",
+    "scoring",
+    "order",
+    "blocks",
     "likelihood",
     "generate",
+    "autoregressive",
+    "fim",
     "view",
     "runs",
     "commands",
+    "score_command",
     "cli",
 )
 MAPPED = ("train", "eval", "serve", "benchmarks")  # top-level folders that are mdm.<name>
@@ -57,6 +64,8 @@ MAY_IMPORT = {
 NEVER_IN_MDM = {"lm_eval", "fastapi", "uvicorn", "datasets", "matplotlib"}
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "marshal", "shelve"}
 UNSAFE_CALLS = {"eval", "exec"}
+# The inside of the sandbox is there to run what it reads: the program, and the tests beside it.
+MAY_EXEC = ("eval/sandbox_child.py", "eval/sandbox_trial.py")
 UNSAFE_ATTRIBUTES = {("torch", "save"), ("torch", "load")}
 UNSAFE_FLAGS = {"trust_remote_code", "allow_pickle"}
 NOT_AN_ID: set[int] = set()  # round numbers that no one can take for a token id
@@ -268,6 +277,8 @@ def runs_what_it_reads(source: str, path: str) -> list[str]:
             if (node.value.id, node.attr) in UNSAFE_ATTRIBUTES:
                 problems.append(f"{path}:{node.lineno}: {node.value.id}.{node.attr} is pickle")
         elif isinstance(node, ast.Name) and node.id in UNSAFE_CALLS:
+            if node.id == "exec" and path in MAY_EXEC:
+                continue
             problems.append(f"{path}:{node.lineno}: {node.id} runs what it reads")
         elif isinstance(node, ast.keyword) and node.arg in UNSAFE_FLAGS and is_true(node.value):
             problems.append(f"{path}:{node.value.lineno}: {node.arg}=True is for the user to say")
