@@ -25,6 +25,7 @@ class SamplerSettings:
     steps         denoising steps for all open positions; null = one token a step
     block_length  tokens decoded together, left to right; null = all at once (plain diffusion)
     temperature   of proposals; 0 = greedy
+    top_p         proposals come from the likeliest tokens that hold this probability; 1 = all
     remasking     which proposals are kept: low_confidence, random, margin or entropy
     cfg_scale     s of guidance, logits = (1+s)·conditional - s·unconditional; 0 = off
     suppress_eos  never propose the end token (LLaDA's logits_eos_inf)
@@ -36,6 +37,7 @@ class SamplerSettings:
     steps: int | None = None
     block_length: int | None = None
     temperature: float = 0.0
+    top_p: float = 1.0
     remasking: str = "low_confidence"
     cfg_scale: float = 0.0
     suppress_eos: bool = False
@@ -50,8 +52,13 @@ class SamplerSettings:
         for name in ("temperature", "cfg_scale"):
             value = getattr(self, name)
             require(0 <= value < math.inf, f"{name} must be >= 0 (0 = off); got {value}")
+        require(0 < self.top_p <= 1, f"top_p must be in (0, 1] (1 = all tokens); got {self.top_p}")
         check_known("remasking strategy", self.remasking, REMASKING)
         check_known("compat mode", self.compat, COMPAT)
+        require(
+            self.top_p == 1 or self.compat != "llada",
+            f"the published sampler has no top_p; got {self.top_p} with compat=llada",
+        )
 
 
 @dataclasses.dataclass

@@ -93,7 +93,13 @@ def load_denoiser(path: str | Path, *, dtype: torch.dtype = torch.float32) -> De
     settings = read_settings(path)
     model, _ = load_ar(str(path), dtype=dtype)
     lineage = tuple(settings["lineage"])
-    return Denoiser(model, load_vocab(str(path)), shift=settings["shift"], lineage=lineage).eval()
+    return Denoiser(
+        model,
+        load_vocab(str(path)),
+        shift=settings["shift"],
+        block_size=settings.get("block_size"),
+        lineage=lineage,
+    ).eval()
 
 
 def load_vocab(source: str) -> Vocab:
@@ -150,8 +156,9 @@ def save_denoiser(denoiser: Denoiser, path: str | Path) -> None:
         )
     settings = {
         "format": FORMAT,
-        "kind": "mdlm",
+        "kind": "mdlm" if denoiser.block_size is None else "bd3lm",
         "shift": denoiser.shift,
+        "block_size": denoiser.block_size,
         "mask_token": vocab.token(denoiser.mask_id),
         "start_token": vocab.token(vocab.start_id),
         "end_token": vocab.token(vocab.eos_id),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -84,9 +83,11 @@ def convert(
 @click.option("--steps", type=int, help="Denoising steps in total.  [default: one per token]")
 @click.option("--block-length", type=int, help="Tokens decoded together.  [default: all]")
 @click.option("--temperature", default=0.0, show_default=True, help="Of proposals; 0 = greedy.")
+@click.option("--top-p", default=1.0, show_default=True, help="Nucleus of --temperature; 1 = all.")
 @click.option("--remasking", default="low_confidence", show_default=True,
               help="low_confidence, random, margin or entropy.")  # fmt: skip
 @click.option("--cfg-scale", default=0.0, show_default=True, help="Guidance strength; 0 = off.")
+@click.option("--stop", multiple=True, help="Cut the text at this string; can be repeated.")
 @click.option("--suppress-eos", is_flag=True, help="Never propose the end token.")
 @click.option("--eos-last", is_flag=True, help="Keep an end token only when nothing else is left.")
 @click.option("--stop-at-eos/--no-stop-at-eos", default=True, show_default=True,
@@ -106,6 +107,7 @@ def generate(
     chat: bool,
     model: Path | None,
     gen_length: int,
+    stop: tuple[str, ...],
     num_samples: int,
     seed: int,
     device: str | None,
@@ -113,7 +115,7 @@ def generate(
     as_json: bool,
     **sampling: Any,
 ) -> None:
-    r"""Continue PROMPT, or fill the hole between --prefix and --suffix.
+    """Continue PROMPT, or fill the hole between --prefix and --suffix.
 
     \b
     mdm generate "def fibonacci(n):" --gen-length 48 --block-length 16
@@ -121,9 +123,10 @@ def generate(
     """
     from . import generate as text
     from .canvas import SamplerSettings
+    from .record import to_json
 
     settings = SamplerSettings(**sampling)
-    request = text.request_of(prompt, prefix, suffix, span, gen_length, chat=chat)
+    request = text.request_of(prompt, prefix, suffix, span, gen_length, chat=chat, stop=stop)
     if num_samples < 1:
         raise click.BadParameter("must be at least 1", param_hint="--num-samples")
     denoiser, path = open_model(model, device)
@@ -140,7 +143,7 @@ def generate(
             "generations": [dataclasses.asdict(result) for result in results],
             "seconds": seconds,
         }
-        click.echo(json.dumps(report, ensure_ascii=False))
+        click.echo(to_json(report))
         return
     for result in results:
         click.echo(f"{request.prefix}{result.text}{request.suffix or ''}")
@@ -151,22 +154,28 @@ def generate(
 
 def open_model(model: Path | None, device: str | None) -> tuple[Any, Path]:
     """The denoiser of --model, or of the last finished run (and say so), on the device."""
-    import torch
-
     from .checkpoint import load_denoiser
-    from .errors import ConfigError
     from .runs import last_finished
 
     if model is None:
         model = last_finished()
         click.echo(f"model: {model} (the last finished run)", err=True)
     denoiser = load_denoiser(model)
+    to_device(denoiser, device)
+    return denoiser, model
+
+
+def to_device(module: Any, device: str | None) -> None:
+    """Move a module to --device, by default the GPU if there is one. Raises ConfigError."""
+    import torch
+
+    from .errors import ConfigError
+
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        denoiser.to(name)
+        module.to(name)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         raise ConfigError(f"cannot use --device {name!r}: {error}") from error
-    return denoiser, model
 
 
 def watching(denoiser: Any, show: bool) -> Any:

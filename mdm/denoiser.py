@@ -9,7 +9,7 @@ Shapes: B batch, L length, N rows asked for (row-major order of `wanted_BL`), D 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,10 +32,11 @@ Score = Callable[..., torch.Tensor]
 class Denoiser(nn.Module):
     """A language model that predicts masked positions from everything visible.
 
-    model    a `transformers` causal-LM module; its config says `is_causal: false`
-    vocab    its vocabulary, with a mask id
-    shift    read position i from output i - 1 (models initialised from an AR checkpoint)
-    lineage  where the weights came from, one entry a step (conversion, training)
+    model       a `transformers` causal-LM module; its config says `is_causal: false`
+    vocab       its vocabulary, with a mask id
+    shift       read position i from output i - 1 (models initialised from an AR checkpoint)
+    block_size  tokens a block of a block diffusion model; None = full canvas
+    lineage     where the weights came from, one entry a step (conversion, training)
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Denoiser(nn.Module):
         vocab: Vocab,
         *,
         shift: bool,
+        block_size: int | None = None,
         lineage: tuple[dict[str, Any], ...] = (),
     ) -> None:
         super().__init__()
@@ -51,6 +53,7 @@ class Denoiser(nn.Module):
         self.model = model
         self.vocab = vocab
         self.shift = shift
+        self.block_size = block_size
         self.lineage = lineage
         self.mask_id: int = vocab.mask_id
         # A model with sliding windows would keep its window; an explicit mask lifts it on every layer.
@@ -93,10 +96,8 @@ class Denoiser(nn.Module):
         def scored(rows_nD: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
             return score(self.head(rows_nD), *inputs)
 
-        size = max(1, CHUNK_BYTES // (4 * self.model.config.get_text_config().vocab_size))
         parts = []
-        for first in range(0, max(1, len(rows_ND)), size):
-            chunk = slice(first, first + size)
+        for chunk in self.chunks(len(rows_ND)):
             inputs = (rows_ND[chunk], *(tensor[chunk] for tensor in score_inputs))
             if torch.is_grad_enabled():
                 parts.append(checkpoint(scored, *inputs, use_reentrant=False))
@@ -128,9 +129,20 @@ class Denoiser(nn.Module):
         """(N, V) float32 logits from the inputs of the head; -inf where no token can be sampled."""
         return self.raw_head(rows_ND).float().index_fill(-1, self.never_sampled, float("-inf"))
 
+    def chunks(self, rows: int) -> Iterator[slice]:
+        """Slices of `rows` inputs of the head whose logits stay small."""
+        return row_chunks(rows, self.model.config.get_text_config().vocab_size)
+
     def raw_head(self, rows_ND: torch.Tensor) -> torch.Tensor:
         """(N, V) logits as the model gives them, the mask token's included."""
         return self.model.get_output_embeddings()(rows_ND) if self.plain_head else rows_ND
+
+
+def row_chunks(rows: int, width: int) -> Iterator[slice]:
+    """Slices of `rows` whose float32 logits of `width` columns stay small; one if there are none."""
+    size = max(1, CHUNK_BYTES // (4 * width))
+    for first in range(0, max(1, rows), size):
+        yield slice(first, first + size)
 
 
 def attention_layout(

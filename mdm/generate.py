@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
+
+import torch
 
 from .canvas import Canvas, SamplerSettings
 from .config import require
 from .denoiser import Denoiser
 from .errors import ConfigError
-from .sampler import DenoisingStep, denoise, make_canvas
+from .sampler import DenoisingStep, Key, denoise, make_canvas
+from .vocab import Vocab
 
 Watch = Callable[[DenoisingStep, list[Canvas]], None]
 
@@ -22,25 +26,51 @@ class Request:
     suffix  what stands after; None = nothing, the text is continued
     length  number of open positions
     chat    the prefix is a user's message, to be put into the chat template
+    stop    strings at whose first occurrence the result is cut off
     """
 
     prefix: str
     suffix: str | None
     length: int
     chat: bool = False
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         require(self.length >= 1, f"the number of tokens to fill must be >= 1; got {self.length}")
 
 
 @dataclasses.dataclass(frozen=True)
+class Hole:
+    """A request as tokens: `length` open positions after `before` and in front of `after`.
+
+    key  names the random numbers: equal holes with equal keys get equal tokens in any company
+    """
+
+    before: tuple[int, ...]
+    length: int
+    after: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    key: Key = (0, 0)
+
+    @property
+    def total(self) -> int:
+        """Length of the canvas."""
+        return len(self.before) + self.length + len(self.after)
+
+    def __post_init__(self) -> None:
+        require(self.length >= 1, f"a hole has at least 1 open position; got {self.length}")
+        require(all(self.stop), f"a stop string must not be empty; got {list(self.stop)}")
+
+
+@dataclasses.dataclass(frozen=True)
 class Generation:
-    """One result. `text` is what was filled in; end tokens and what follows them are left out.
+    """One result. `text` is what was filled in, up to the end token or a stop string.
 
     token_ids      the filled tokens as decided, end tokens included
-    num_tokens     tokens before the end token
-    finish_reason  "stop" if an end token was decided, otherwise "length"
+    num_tokens     tokens of `text`
+    finish_reason  "stop" if an end token or a stop string was reached, otherwise "length"
     nfe            denoiser forwards of this row, guidance counts 2
+    confidence     mean log-probability at which the tokens were decided; NaN if unknown
     """
 
     text: str
@@ -48,6 +78,7 @@ class Generation:
     num_tokens: int
     finish_reason: str
     nfe: int
+    confidence: float = math.nan
 
 
 def generate(
@@ -62,30 +93,62 @@ def generate(
 
     The end token is suppressed between a prefix and a suffix: a hole has the length asked for.
     """
-    if not requests:
-        return []
-    encoded = [encode(denoiser, request) for request in requests]
-    longest = max(map(len, encoded))
+    holes = [encode(denoiser.vocab, r, key=(seed, row)) for row, r in enumerate(requests)]
+    return fill(denoiser, holes, settings, watch=watch)
+
+
+def fill(
+    denoiser: Denoiser,
+    holes: Sequence[Hole],
+    settings: SamplerSettings,
+    *,
+    batch_size: int | None = None,
+    watch: Watch | None = None,
+    done: Callable[[int, Generation], None] | None = None,
+) -> list[Generation]:
+    """Fill all holes, at most `batch_size` at a time; `done(i, result)` as soon as hole i is filled.
+
+    A row whose text contains a stop string is ended there, without the rest of its steps.
+    """
+    longest = max((hole.total for hole in holes), default=0)
     canvases = []
-    for row, (request, ids) in enumerate(zip(requests, encoded, strict=True)):
-        hole = request.suffix is not None
-        own = dataclasses.replace(settings, suppress_eos=settings.suppress_eos or hole)
-        padding = longest - len(ids) if settings.compat == "llada" else 0
-        ids = [denoiser.vocab.start_id] * padding + ids  # the pad token may double as the mask
-        canvases.append(make_canvas(denoiser, ids, own, seed=seed, row=row, padding=padding))
-    opened = [canvas.open_L.clone() for canvas in canvases]
-    for step in denoise(denoiser, canvases):
+    for hole in holes:
+        own = settings
+        if hole.after and not settings.suppress_eos:
+            own = dataclasses.replace(settings, suppress_eos=True)
+        padding = longest - hole.total if settings.compat == "llada" else 0
+        before = [denoiser.vocab.start_id] * padding + list(hole.before)  # pad may double as mask
+        ids = [*before, *[denoiser.mask_id] * hole.length, *hole.after]
+        canvases.append(make_canvas(denoiser, ids, own, key=hole.key, padding=padding))
+    opened = [canvas.open_L.nonzero()[:, 0] for canvas in canvases]
+    results: list[Generation | None] = [None] * len(holes)
+    sums = [0.0] * len(holes)
+    # Only here is the confidence of a commit the probability of its token.
+    rated = settings.remasking == "low_confidence" and not settings.eos_last
+    for step in denoise(denoiser, canvases, batch_size=batch_size):
         if watch is not None:
             watch(step, canvases)
-    return [
-        result(denoiser, canvas, open_L.nonzero()[:, 0].tolist())
-        for canvas, open_L in zip(canvases, opened, strict=True)
-    ]
+        for commit in step.commits:
+            row = commit.row
+            known_k = commit.confidence_k[commit.tokens_k != denoiser.mask_id].double()
+            sums[row] += float(known_k.clamp(min=1e-300).log().sum())
+            if holes[row].stop and not canvases[row].finished:
+                end_at_stop(denoiser.vocab, canvases[row], opened[row], holes[row].stop)
+            if canvases[row].finished:
+                decided = int((canvases[row].decided_L >= 0).sum())
+                mean = sums[row] / decided if rated and decided else math.nan
+                stop = holes[row].stop
+                found = result(denoiser.vocab, canvases[row], opened[row], stop, mean)
+                results[row] = found
+                if done is not None:
+                    done(row, found)
+    finished = [one for one in results if one is not None]
+    assert len(finished) == len(holes), "a hole without an open position"
+    return finished
 
 
-def encode(denoiser: Denoiser, request: Request) -> list[int]:
-    """The canvas of a request: start token, prefix, masks, suffix."""
-    vocab = denoiser.vocab
+def encode(vocab: Vocab, request: Request, *, key: Key = (0, 0)) -> Hole:
+    """A request as tokens; the start token stands first."""
     if request.chat:
         before = vocab.encode_chat([{"role": "user", "content": request.prefix}])
     else:
@@ -93,16 +156,43 @@ def encode(denoiser: Denoiser, request: Request) -> list[int]:
     after = vocab.encode(request.suffix) if request.suffix is not None else []
     if before[:1] != [vocab.start_id]:  # a chat template may have put one there already
         before = [vocab.start_id, *before]
-    return [*before, *[denoiser.mask_id] * request.length, *after]
+    return Hole(tuple(before), request.length, tuple(after), request.stop, key)
 
 
-def result(denoiser: Denoiser, canvas: Canvas, positions: list[int]) -> Generation:
-    """The generation in a finished canvas whose open positions were `positions`."""
-    vocab = denoiser.vocab
-    ids = canvas.ids_L[positions].tolist()
+def end_at_stop(vocab: Vocab, canvas: Canvas, opened_n: torch.Tensor, stop: Sequence[str]) -> None:
+    """End the canvas if the decided text without a gap contains a stop string."""
+    still_open = canvas.open_L[opened_n].nonzero()
+    decided_n = opened_n[: int(still_open[0])] if len(still_open) else opened_n
+    text = vocab.decode(canvas.ids_L[decided_n].tolist())
+    if any(string in text for string in stop):
+        canvas.end(vocab.eos_id)
+
+
+def result(
+    vocab: Vocab,
+    canvas: Canvas,
+    opened_n: torch.Tensor,
+    stop: Sequence[str] = (),
+    confidence: float = math.nan,
+) -> Generation:
+    """The generation in a finished canvas whose open positions were `opened_n`."""
+    ids = canvas.ids_L[opened_n].tolist()
+    return Generation(*visible(vocab, ids, stop), canvas.nfe, confidence)
+
+
+def visible(vocab: Vocab, ids: list[int], stop: Sequence[str]) -> tuple[str, list[int], int, str]:
+    """(text, ids, tokens of the text, finish reason): up to the end token or the first stop string."""
     before_end = ids[: ids.index(vocab.eos_id)] if vocab.eos_id in ids else ids
+    text = vocab.decode(before_end)
+    places = [text.find(string) for string in stop if string in text]
+    if places:
+        cut = min(places)
+        kept = len(before_end)
+        while kept and len(vocab.decode(before_end[:kept])) > cut:
+            kept -= 1
+        return text[:cut], ids, kept, "stop"
     reason = "stop" if len(before_end) < len(ids) else "length"
-    return Generation(vocab.decode(before_end), ids, len(before_end), reason, canvas.nfe)
+    return text, ids, len(before_end), reason
 
 
 def request_of(
@@ -113,16 +203,17 @@ def request_of(
     gen_length: int,
     *,
     chat: bool = False,
+    stop: Sequence[str] = (),
 ) -> Request:
     """The request of a command line: a prompt to continue, or prefix, suffix and span to fill."""
     if span is None and suffix is None and prefix is None:
         if prompt is None:
             raise ConfigError("give a PROMPT to continue, or --prefix, --suffix and --span to fill")
-        return Request(prompt, None, gen_length, chat)
+        return Request(prompt, None, gen_length, chat, tuple(stop))
     if prompt is not None:
         raise ConfigError("give either a PROMPT or --prefix/--suffix, not both")
     if chat:
         raise ConfigError("--chat needs a PROMPT; it does not go with --prefix/--suffix")
     if span is None:
         raise ConfigError("--suffix and --prefix need --span N, the number of tokens between them")
-    return Request(prefix or "", suffix or "", span)
+    return Request(prefix or "", suffix or "", span, stop=tuple(stop))

@@ -10,6 +10,7 @@ Shapes: B canvases, L length, n open positions of a block, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -21,6 +22,8 @@ from .errors import ConfigError
 from .grid import BlockGrid
 from .llada import published_commits
 from .remasking import REMASKING, keep_highest
+
+Key = tuple[int | str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,15 +39,21 @@ def make_canvas(
     ids: Sequence[int],
     settings: SamplerSettings,
     *,
-    seed: int = 0,
-    row: int = 0,
+    key: Key = (0, 0),
     padding: int = 0,
 ) -> Canvas:
     """A canvas from tokens in which the mask id marks the open positions.
 
-    `padding` leading positions are ignored by attention. Raises ConfigError if the canvas is longer
-    than the context, has no token before its first mask, or steps do not divide among the blocks.
+    `key` names its random numbers: equal keys, equal text, whatever else is in the batch. `padding`
+    leading positions are ignored by attention. Raises ConfigError if the model has blocks, the
+    canvas is longer than the context or has no token before its first mask, or steps do not divide
+    among the blocks.
     """
+    if denoiser.block_size is not None:
+        raise ConfigError(
+            f"this model denoises in blocks of {denoiser.block_size} behind block-causal attention;"
+            " mdm can score with it, but not sample from it yet"
+        )
     if len(ids) > denoiser.max_length:
         raise ConfigError(
             f"the canvas has {len(ids)} tokens, but the model was built for at most"
@@ -77,20 +86,26 @@ def make_canvas(
         open_L=open_L,
         mask_id=denoiser.mask_id,
         settings=settings,
-        random=generator("sample", seed, row),
+        random=generator("sample", *key),
         blocks=blocks,
         steps_per_block=per_block,
     )
 
 
-def denoise(denoiser: Denoiser, canvases: Sequence[Canvas]) -> Iterator[DenoisingStep]:
-    """Denoise all canvases to the end, in place; yields after every forward pass."""
+def denoise(
+    denoiser: Denoiser, canvases: Sequence[Canvas], *, batch_size: int | None = None
+) -> Iterator[DenoisingStep]:
+    """Denoise all canvases to the end, in place; yields after every forward pass.
+
+    At most `batch_size` are in a pass; as soon as one is finished, the next in line joins.
+    """
     modes = {canvas.settings.compat for canvas in canvases}
     if len(modes) > 1:
         raise ConfigError("canvases of one batch must have the same compat mode")
     step = 0
     while any(not canvas.finished for canvas in canvases):
-        active = {row: canvas for row, canvas in enumerate(canvases) if not canvas.finished}
+        unfinished = ((row, canvas) for row, canvas in enumerate(canvases) if not canvas.finished)
+        active = dict(itertools.islice(unfinished, batch_size))
         yield DenoisingStep(step, STEPS[canvases[0].settings.compat](denoiser, active))
         step += 1
 
@@ -164,7 +179,8 @@ def propose(
         )
     if settings.temperature > 0:
         noise_nV = torch.rand(logits_nV.shape, dtype=torch.float64, generator=canvas.random)
-        proposals_n = gumbel_argmax(logits_nV, noise_nV, settings.temperature)
+        allowed_nV = nucleus(logits_nV, settings.temperature, settings.top_p)
+        proposals_n = gumbel_argmax(allowed_nV, noise_nV, settings.temperature)
     else:
         proposals_n = logits_nV.argmax(-1)
     log_probs_nV = logits_nV.log_softmax(-1)
@@ -172,6 +188,20 @@ def propose(
     if settings.eos_last:
         confidence_n = confidence_n.masked_fill(proposals_n == eos_id, float("-inf"))
     return proposals_n, confidence_n
+
+
+def nucleus(logits_nV: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
+    """Logits with -inf outside the fewest tokens that hold `top_p` at this temperature.
+
+    The likeliest token always stays (Holtzman et al. 2020, nucleus sampling).
+    """
+    if top_p >= 1:
+        return logits_nV
+    probs_nV, order_nV = (logits_nV.double() / temperature).softmax(-1).sort(-1, descending=True)
+    before_nV = probs_nV.cumsum(-1) - probs_nV
+    dropped_nV = torch.zeros_like(before_nV, dtype=torch.bool)
+    dropped_nV.scatter_(-1, order_nV, before_nV >= top_p)
+    return logits_nV.masked_fill(dropped_nV, float("-inf"))
 
 
 def gumbel_argmax(

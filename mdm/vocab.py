@@ -62,32 +62,46 @@ class Vocab:
 
         Raises VocabError if the tokenizer has no chat template.
         """
+        return self.chat(messages)[1]
+
+    def chat(
+        self, messages: Sequence[Mapping[str, str]], *, open_last: bool = False
+    ) -> tuple[str, list[int]]:
+        """A conversation in the tokenizer's template, as text and as ids.
+
+        It ends ready for the assistant's next words; with `open_last` inside the last message,
+        which goes on. Raises VocabError if the tokenizer has no chat template.
+        """
         if not self.tokenizer.chat_template:
             raise VocabError(
                 "this tokenizer has no chat template; use plain text, or rows with `prompt` and"
                 " `response` instead of `messages`"
             )
+        text = self._in_template(messages, open_last)
         texts = [message["content"] for message in messages]
         added = [str(token) for token in self.tokenizer.added_tokens_decoder.values()]
-        if not any(token in text for token in added for text in texts):
-            return self._template_ids(self._in_template(messages))
+        if not any(token in content for token in added for content in texts):
+            return text, self._template_ids(text)
         # A text that spells a special token must not become one: it is encoded by itself.
         marks = [f"\ue000{i}\ue001" for i in range(len(texts))]
         marked = [{**m, "content": mark} for m, mark in zip(messages, marks, strict=True)]
         ids: list[int] = []
-        for piece in re.split("(\ue000[0-9]+\ue001)", self._in_template(marked)):
+        for piece in re.split("(\ue000[0-9]+\ue001)", self._in_template(marked, open_last)):
             if piece in marks:
                 ids += self.encode(texts[marks.index(piece)])
             else:
                 ids += self._template_ids(piece)
-        return ids
+        return text, ids
 
-    def _in_template(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def _in_template(self, messages: Sequence[Mapping[str, str]], open_last: bool) -> str:
         from jinja2 import TemplateError
 
         try:
             text = self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
+                [dict(message) for message in messages],
+                add_generation_prompt=not open_last,
+                continue_final_message=open_last,
+                tokenize=False,
             )
         except TemplateError as error:
             raise VocabError(f"the chat template refuses these messages: {error}") from error

@@ -17,6 +17,7 @@ Shape letters: B batch, L length, V vocabulary, S denoising steps per block, N s
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 import torch
@@ -486,3 +487,164 @@ def naive_kd_loss(
         term = (1 - kd_lambda) * ce + kd_lambda * temperature**2 * forward_kl(p_V, q_V)
         total = total + (1.0 if weight_BL is None else weight_BL[b, i].double()) * term
     return total / denominator
+
+
+# --- 7. likelihoods: denoisers, block diffusion, decoding orders, autoregressive models -----------
+
+
+@torch.no_grad()
+def denoiser_log_probs(
+    model,
+    *,
+    shift: bool,
+    forbidden: Sequence[int],
+    mask_id: int | None = None,
+    given: Iterable[int] = (),
+    scale: float = 0.0,
+    block_size: int | None = None,
+) -> Callable[[list[int]], Tensor]:
+    """`noised tokens -> (L, V)` float64 log-probabilities by one full forward without a cache.
+
+    Shift, guidance (the `given` positions masked in the second forward) and the forbidden tokens
+    are done by hand; so is the block-causal mask, if there is a `block_size`. With a shift row 0
+    is meaningless.
+    """
+
+    @torch.no_grad()
+    def one(tokens: list[int]) -> Tensor:
+        arguments = {}
+        if block_size is not None:
+            mask_LL = torch.zeros(len(tokens), len(tokens), dtype=model.dtype)
+            for query, key in itertools.product(range(len(tokens)), repeat=2):
+                if key // block_size > query // block_size:
+                    mask_LL[query, key] = torch.finfo(model.dtype).min
+            arguments["attention_mask"] = mask_LL[None, None]
+        logits_LV = model(torch.tensor([tokens]), use_cache=False, **arguments).logits[0].double()
+        return torch.cat([logits_LV[:1], logits_LV[:-1]]) if shift else logits_LV
+
+    def answer(tokens: list[int]) -> Tensor:
+        logits_LV = one(tokens)
+        if scale > 0:
+            hidden = set(given)
+            without = [mask_id if i in hidden else token for i, token in enumerate(tokens)]
+            logits_LV = (1 + scale) * logits_LV - scale * one(without)
+        logits_LV[:, list(forbidden)] = NEG_INF
+        return logits_LV.log_softmax(dim=-1)
+
+    return answer
+
+
+def llada_mask_sizes(k: int, length: int, rows: int = 8) -> list[int]:
+    """The l of one round of LLaDA's estimator that starts at k.
+
+    k, k + L/b, k + 2 L/b, … in exact fractions, rounded half to even, wrapped into 1…L.
+    """
+    places = [Fraction(k) + i * Fraction(length, rows) for i in range(rows)]
+    return [(round(place) - 1) % length + 1 for place in places]
+
+
+def llada_size_law(length: int, rows: int = 8) -> list[Fraction]:
+    """P(l) for l = 1…L under LLaDA's estimator: all k are equally likely. Unbiased: 1/L each."""
+    sizes = [l for k in range(1, length + 1) for l in llada_mask_sizes(k, length, rows)]
+    return [Fraction(sizes.count(l), len(sizes)) for l in range(1, length + 1)]
+
+
+def llada_expected_bound(
+    denoise_log_probs, x_L, maskable: Sequence[int], mask_id: int, rows: int = 8
+) -> float:
+    """What LLaDA's estimator gives on average: `exact_bound` with its own law of l."""
+    num = len(maskable)
+    law = llada_size_law(num, rows)
+    subsets = masks_with_log_probs(denoise_log_probs, x_L, maskable, mask_id)
+    return math.fsum(
+        float(law[size - 1]) * (num / size) * log_p / math.comb(num, size)
+        for size, log_p in subsets
+    )
+
+
+def llada_estimate(
+    denoise_log_probs, x_L, start: int, rounds: Sequence[Sequence[Sequence[bool]]], mask_id: int
+) -> float:
+    """LLaDA's estimate from the masks of its rounds: -mean over rounds of Σ CE / (l / L) / b."""
+    tokens = [int(token) for token in x_L]
+    length = len(tokens) - start
+    losses = []
+    for rows in rounds:
+        loss = 0.0
+        for flags in rows:
+            holes = [start + i for i, flag in enumerate(flags) if flag]
+            noised = [mask_id if i in holes else token for i, token in enumerate(tokens)]
+            log_p_LV = denoise_log_probs(noised)
+            for i in holes:
+                loss += -float(log_p_LV[i, tokens[i]]) / (len(holes) / length)
+        losses.append(loss / len(rows))
+    return -sum(losses) / len(losses)
+
+
+def block_bound(
+    denoise_log_probs, x_L: Sequence[int], start: int, block_size: int, mask_id: int
+) -> float:
+    """The bound of block diffusion for x_{start..}: each block's own bound, given what is before it.
+
+    Blocks are counted from position 0; of the block that holds the last prompt token only the
+    answer is masked. What comes after a block is cut off, not hidden.
+    """
+    total = 0.0
+    for first in range(0, len(x_L), block_size):
+        end = min(first + block_size, len(x_L))
+        maskable = [i for i in range(first, end) if i >= start]
+        if maskable:
+            total += exact_bound(denoise_log_probs, list(x_L)[:end], maskable, mask_id)
+    return total
+
+
+def surest(log_p_V: Tensor, rule: str) -> float:
+    """How sure a position is of its likeliest token, by the rule's name."""
+    probs = sorted((math.exp(value) for value in log_p_V.tolist()), reverse=True)
+    if rule == "low_confidence":
+        return probs[0]
+    if rule == "margin":
+        return probs[0] - probs[1]
+    assert rule == "entropy"
+    return math.fsum(p * math.log(p) for p in probs if p > 0)
+
+
+def order_log_prob(
+    denoise_log_probs,
+    x_L: Sequence[int],
+    start: int,
+    mask_id: int,
+    rule: str = "low_confidence",
+    block_length: int | None = None,
+) -> tuple[float, list[int], bool]:
+    """log p of x_{start..} under decoding the surest position first, the order, and if it is greedy."""
+    tokens = [int(token) for token in x_L]
+    noised = [*tokens[:start], *[mask_id] * (len(tokens) - start)]
+    log_prob, order, greedy = 0.0, [], True
+    size = block_length or len(tokens)
+    for first in range(start, len(tokens), size):
+        left = list(range(first, min(first + size, len(tokens))))
+        while left:
+            log_p_LV = denoise_log_probs(noised)
+            position = max(left, key=lambda i: surest(log_p_LV[i], rule))
+            log_prob += float(log_p_LV[position, tokens[position]])
+            greedy = greedy and int(log_p_LV[position].argmax()) == tokens[position]
+            noised[position] = tokens[position]
+            left.remove(position)
+            order.append(position)
+    return log_prob, order, greedy
+
+
+def greedy_continuation(
+    next_log_probs: NextLogProbs, prefix: Sequence[int], length: int, end_id: int
+) -> tuple[list[int], float]:
+    """At most `length` likeliest tokens, the end token included, and their mean log-probability."""
+    tokens, log_prob = [int(token) for token in prefix], 0.0
+    written: list[int] = []
+    while len(written) < length and end_id not in written:
+        log_p_V = next_log_probs(tokens)
+        token = int(log_p_V.argmax())
+        log_prob += float(log_p_V[token])
+        tokens.append(token)
+        written.append(token)
+    return written, log_prob / len(written)

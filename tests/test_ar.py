@@ -82,7 +82,7 @@ def test_rows_are_no_longer_than_a_sliding_window(family, window):
 
 @pytest.mark.parametrize("rows", [0, 1, 5, 8])
 def test_chunks(rows, monkeypatch):
-    monkeypatch.setattr("mdm.train.teachers.chunks.CHUNK_BYTES", 4 * 10 * 3)  # 3 rows of width 10
+    monkeypatch.setattr("mdm.denoiser.CHUNK_BYTES", 4 * 10 * 3)  # 3 rows of width 10
     sizes = []
 
     def function(x_n, y_n):

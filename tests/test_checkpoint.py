@@ -66,6 +66,22 @@ def test_a_saved_denoiser_is_the_same_when_loaded(tmp_path, family):
     assert os.listdir(tmp_path / "a") == ["model"]
 
 
+@pytest.mark.parametrize(("block_size", "kind"), [(None, "mdlm"), (1, "bd3lm"), (16, "bd3lm")])
+def test_the_block_size_comes_back(tmp_path, block_size, kind):
+    denoiser = random_student(block_size=block_size)
+    save_denoiser(denoiser, tmp_path / "model")
+    assert load_denoiser(tmp_path / "model").block_size == block_size
+    settings = read_settings(tmp_path / "model")
+    assert (settings["kind"], settings["block_size"]) == (kind, block_size)
+
+
+def test_a_folder_from_before_block_sizes_is_a_full_canvas(tmp_path):
+    save_denoiser(random_student(), tmp_path / "model")
+    edit_json("mdm.json", block_size=...)(tmp_path / "model")
+    assert "block_size" not in read_settings(tmp_path / "model")
+    assert load_denoiser(tmp_path / "model").block_size is None
+
+
 def test_settings_that_differ_from_the_defaults_come_back(tmp_path):
     ar = tmp_path / "ar"
     tiny_model("llama", 264).save_pretrained(ar)

@@ -137,20 +137,53 @@ def test_generate_json_has_everything(mdm_command, models):
     assert (code, err) == (0, "")
     report = json.loads(out)
     assert report["model"] == str(models / "student")
-    assert report["request"] == {"prefix": "ab", "suffix": None, "length": 8, "chat": False}
+    assert report["request"] == {
+        **{"prefix": "ab", "suffix": None, "length": 8, "chat": False, "stop": []}
+    }
     assert report["settings"] == {
         **{"steps": 4, "block_length": 4, "temperature": 0.7, "remasking": "entropy"},
         **{"cfg_scale": 0.5, "suppress_eos": False, "eos_last": True, "stop_at_eos": True},
-        "compat": "default",
+        **{"compat": "default", "top_p": 1.0},
     }
     assert report["seed"] == 3
     assert report["seconds"] > 0
     assert len(report["generations"]) == 2
     for generation in report["generations"]:
-        assert generation.keys() == {"text", "token_ids", "num_tokens", "finish_reason", "nfe"}
+        assert generation.keys() == {
+            *{"text", "token_ids", "num_tokens", "finish_reason", "nfe", "confidence"}
+        }
+        assert generation["confidence"] is None  # entropy gives no probability
         assert len(generation["token_ids"]) == 8
         assert generation["finish_reason"] in ("stop", "length")
         assert generation["nfe"] <= 8
+
+
+def test_generate_cuts_at_stop_strings(mdm_command, models):
+    arguments = ["def f(", "--model", models / "student", "--gen-length", 6, "--suppress-eos"]
+    _, out, _ = mdm_command("generate", *arguments, "--json")
+    (whole,) = json.loads(out)["generations"]
+    assert whole["finish_reason"] == "length"
+    assert whole["confidence"] < 0
+    stop = whole["text"][2]
+    options = ["--stop", "never", "--stop", stop]
+    _, out, _ = mdm_command("generate", *arguments, *options, "--json")
+    assert json.loads(out)["request"]["stop"] == ["never", stop]
+    (cut,) = json.loads(out)["generations"]
+    assert cut["text"] == whole["text"].partition(stop)[0]
+    assert cut["finish_reason"] == "stop"
+    _, out, _ = mdm_command("generate", *arguments, *options)
+    assert out == f"def f({cut['text']}\n"
+
+
+def test_generate_from_the_nucleus(mdm_command, models):
+    options = ["--model", models / "student", "--gen-length", 6, "--json"]
+    _, greedy, _ = mdm_command("generate", "ab", *options)
+    sampling = ["--temperature", 3, "--seed", 1]
+    _, wild, _ = mdm_command("generate", "ab", *options, *sampling)
+    _, tame, _ = mdm_command("generate", "ab", *options, *sampling, "--top-p", 1e-6)
+    texts = [json.loads(out)["generations"][0]["text"] for out in (greedy, wild, tame)]
+    assert texts[0] == texts[2] != texts[1]
+    assert json.loads(tame)["settings"]["top_p"] == 1e-6
 
 
 def test_generate_fills_a_hole(mdm_command, models):
@@ -220,6 +253,9 @@ def test_without_a_model_the_last_finished_run_is_taken(mdm_command, models, tmp
         (["x", "--gen-length", "0"], 2, "mdm: the number of tokens to fill must be >= 1; got 0"),
         (["x", "--steps", "0"], 2, "mdm: steps must be at least 1; got 0"),
         (["x", "--temperature", "-1"], 2, "mdm: temperature must be >= 0"),
+        (["x", "--top-p", "0"], 2, "mdm: top_p must be in (0, 1] (1 = all tokens); got 0.0"),
+        (["x", "--top-p", "0.5", "--compat", "llada"], 2, "mdm: the published sampler has no top"),
+        (["x", "--stop", "", "--model", "{student}"], 2, "mdm: a stop string must not be empty"),
         (["x", "--remasking", "low_conf"], 2, "did you mean 'low_confidence'?"),
         (["x", "--compat", "lada"], 2, "did you mean 'llada'?"),
         (["x", "-n", "0", "--model", "{student}"], 2, "must be at least 1"),

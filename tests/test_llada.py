@@ -82,8 +82,7 @@ def canvases_of(denoiser, prompts, settings, *, seed=0):
             denoiser,
             row.tolist() + [MASK] * G,
             settings,
-            seed=seed,
-            row=i,
+            key=(seed, i),
             padding=int((attended == 0).sum()),
         )
         for i, (row, attended) in enumerate(zip(prompt_BL, attended_BL, strict=True))

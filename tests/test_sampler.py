@@ -14,7 +14,15 @@ from students import ScriptedStudent, random_student
 
 from mdm.canvas import SamplerSettings
 from mdm.errors import ConfigError
-from mdm.sampler import denoise, guide, gumbel_argmax, make_canvas, propose, reached_end
+from mdm.sampler import (
+    denoise,
+    guide,
+    gumbel_argmax,
+    make_canvas,
+    nucleus,
+    propose,
+    reached_end,
+)
 
 START, END, MASK, V = 12, 13, 15, 16
 G = 8
@@ -152,7 +160,7 @@ def test_a_row_is_the_same_alone_in_any_batch_and_padded(family, shift):
 
     def canvases(order, padding=0):
         return [
-            make_canvas(denoiser, [14] * padding + ids, settings, row=i, seed=5, padding=padding)
+            make_canvas(denoiser, [14] * padding + ids, settings, key=(5, i), padding=padding)
             for i in order
             for ids, settings in [ROWS[i]]
         ]
@@ -173,13 +181,40 @@ def test_rows_that_are_done_cost_nothing_more():
     assert [[commit.row for commit in step.commits] for step in steps] == [[0, 1]] * 2 + [[1]] * 3
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 100])
+def test_a_row_is_the_same_when_it_joins_later(batch_size):
+    denoiser = random_student("llama", shift=True)
+
+    def canvases():
+        return [make_canvas(denoiser, ids, s, key=(5, i)) for i, (ids, s) in enumerate(ROWS)]
+
+    expected, _ = run(denoiser, canvases())
+    later = canvases()
+    widths = [len(step.commits) for step in denoise(denoiser, later, batch_size=batch_size)]
+    assert [canvas.ids_L.tolist() for canvas in later] == expected
+    assert max(widths) == min(batch_size, 7)
+    # A place is never left empty while rows wait.
+    assert sorted(widths, reverse=True) == widths
+
+
+def test_a_key_may_hold_text():
+    denoiser = random_student()
+    settings = replace(FULL, temperature=1.5)
+    keys = [("task", 1), ("task", 2), ("other", 1), (1,), ("1",), ()]
+    texts = [tuple(fill(denoiser, HOLES["continue"], settings, key=key)) for key in keys]
+    assert len(set(texts)) == len(keys)
+    assert tuple(fill(denoiser, HOLES["continue"], settings)) == tuple(
+        fill(denoiser, HOLES["continue"], settings, key=(0, 0))
+    )
+
+
 def test_seeds_reproduce_and_differ():
     denoiser = random_student()
     settings = replace(FULL, temperature=1.5, remasking="random")
     texts = {}
     for seed, row in itertools.product((0, 1), (0, 1)):
         one, other = (
-            fill(denoiser, HOLES["continue"], settings, seed=seed, row=row) for _ in range(2)
+            fill(denoiser, HOLES["continue"], settings, key=(seed, row)) for _ in range(2)
         )
         assert one == other
         texts[seed, row] = tuple(one)
@@ -198,11 +233,11 @@ def scripted(favourites, strength=5.0):
     return ScriptedStudent(lambda xt_BL: logits_V.expand(*xt_BL.shape, V))
 
 
-def sampled(logits_V, temperature, n=4000):
+def sampled(logits_V, temperature, n=4000, top_p=1.0):
     """How often each token is proposed for a single open position."""
     denoiser = ScriptedStudent(lambda xt_BL: logits_V.expand(*xt_BL.shape, V))
-    settings = replace(FULL, temperature=temperature)
-    canvases = [make_canvas(denoiser, [START, MASK], settings, row=i) for i in range(n)]
+    settings = replace(FULL, temperature=temperature, top_p=top_p)
+    canvases = [make_canvas(denoiser, [START, MASK], settings, key=(0, i)) for i in range(n)]
     rows, _ = run(denoiser, canvases)
     return torch.bincount(torch.tensor([row[1] for row in rows]), minlength=V)
 
@@ -249,6 +284,65 @@ def test_guidance_formula():
     kept = [0, 1, 3]
     expected = 1.7 * conditional[:, kept] - 0.7 * unconditional[:, kept]
     assert torch.allclose(guided[:, kept], expected, atol=1e-6)
+
+
+# --- the nucleus -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("top_p", "temperature", "kept"),
+    [
+        (1.0, 1.0, {0, 1, 2, 3}),
+        (0.99, 1.0, {0, 1, 2, 3}),
+        (0.9, 1.0, {0, 1, 2}),
+        (0.79, 1.0, {0, 1}),
+        (0.5, 1.0, {0, 1}),
+        (0.49, 1.0, {0}),
+        (1e-9, 1.0, {0}),
+        (0.79, 0.5, {0, 1}),  # .658, .263, .066, .013
+        (0.6, 0.5, {0}),
+        (0.79, 4.0, {0, 1, 2}),  # flatter: .306, .255, .218, .221
+    ],
+)
+def test_nucleus_is_the_fewest_tokens_that_hold_top_p(top_p, temperature, kept):
+    probs = torch.tensor([0.495, 0.31, 0.155, 0.04], dtype=torch.float64)
+    shuffle = torch.tensor([2, 0, 3, 1])
+    found = nucleus(torch.stack([probs, probs[shuffle]]).log(), temperature, top_p)
+    assert set(found[0].isfinite().nonzero()[:, 0].tolist()) == kept
+    assert set(shuffle[found[1].isfinite()].tolist()) == kept
+    inside = found[0].isfinite()
+    assert torch.equal(found[0][inside], probs.log()[inside])
+
+
+def test_nucleus_leaves_forbidden_tokens_out():
+    logits_nV = torch.tensor([[1.0, -math.inf, 0.0], [-math.inf, -math.inf, 0.0]])
+    before = logits_nV.clone()
+    assert nucleus(logits_nV, 1.0, 0.999).isfinite().tolist() == [
+        [True, False, True],
+        [False, False, True],
+    ]
+    assert torch.equal(logits_nV, before)
+
+
+def test_proposals_come_from_the_nucleus():
+    logits_V = torch.randn(V)
+    probs_V = logits_V[:15].double().div(0.8).softmax(-1)  # the mask is no token
+    order = probs_V.argsort(descending=True)
+    kept = order[: int((probs_V[order].cumsum(0) < 0.7).sum()) + 1]
+    assert 2 < len(kept) < 12
+    counts_V = sampled(logits_V, 0.8, 1500, top_p=0.7)
+    assert set(counts_V.nonzero()[:, 0].tolist()) == set(kept.tolist())
+    expected_k = 1500 * probs_V[kept] / probs_V[kept].sum()
+    assert float(((counts_V[kept] - expected_k) ** 2 / expected_k).sum()) < 35
+
+
+def test_confidence_is_that_of_all_tokens_whatever_the_nucleus():
+    denoiser = scripted({3: 0.2})
+    settings = replace(FULL, temperature=1.0, top_p=0.01)
+    _, (step,) = run(denoiser, [make_canvas(denoiser, [START, MASK], settings)])
+    assert step.commits[0].tokens_k.tolist() == [3]
+    expected = math.exp(1.0) / (math.exp(1.0) + 14)
+    assert float(step.commits[0].confidence_k) == pytest.approx(expected, rel=1e-5)
 
 
 def test_extreme_noise_gives_no_nan():
@@ -365,6 +459,25 @@ def test_a_given_end_token_stops_nothing():
 def test_steps_that_do_not_divide_among_the_blocks(settings, text):
     with pytest.raises(ConfigError, match=text):  # T8
         make_canvas(random_student(), HOLES["continue"], replace(FULL, **settings))
+
+
+def test_a_model_with_blocks_is_refused():
+    with pytest.raises(ConfigError, match=r"denoises in blocks of 4 .* not sample from it yet"):
+        make_canvas(random_student(block_size=4), [START, MASK], FULL)
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\] \(1 = all tokens\); got 0.0"),
+        ({"top_p": 1.1}, "top_p must be in .* got 1.1"),
+        ({"top_p": math.nan}, "top_p must be in .* got nan"),
+        ({"top_p": 0.5, "compat": "llada"}, "has no top_p; got 0.5 with compat=llada"),
+    ],
+)
+def test_wrong_nucleus(settings, text):
+    with pytest.raises(ConfigError, match=text):
+        SamplerSettings(**settings)
 
 
 def test_a_canvas_longer_than_the_context():

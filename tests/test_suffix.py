@@ -145,7 +145,7 @@ def test_splitting_changes_nothing(branch_tokens, chunk_bytes, monkeypatch):
     model = tiny.toy_ar(V)
     x0, wanted = [X0, [0, 1, 1, 3, 0, 4]], torch.cat([at(*EVERYWHERE), at(1, 3)])
     whole = ask(model, x0, wanted, branch_tokens=10**6)
-    monkeypatch.setattr("mdm.train.teachers.chunks.CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr("mdm.denoiser.CHUNK_BYTES", chunk_bytes)
     split = ask(model, x0, wanted, branch_tokens=branch_tokens)
     torch.testing.assert_close(dense(split), dense(whole), atol=1e-6, rtol=0)
 

@@ -6,17 +6,15 @@ from collections.abc import Callable
 
 import torch
 
-from mdm.denoiser import CHUNK_BYTES
+from mdm.denoiser import row_chunks
 
 
 def in_chunks(
     function: Callable[..., tuple[torch.Tensor, ...]], width: int, *inputs_N: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
     """`function(*inputs)` over chunks of rows whose float32 logits of `width` columns stay small."""
-    size = max(1, CHUNK_BYTES // (4 * width))
-    total = max(1, len(inputs_N[0]))
     parts = [
-        function(*(tensor[first : first + size] for tensor in inputs_N))
-        for first in range(0, total, size)
+        function(*(tensor[chunk] for tensor in inputs_N))
+        for chunk in row_chunks(len(inputs_N[0]), width)
     ]
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))

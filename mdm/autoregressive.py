@@ -1,0 +1,241 @@
+"""The AR teacher as a model to compare with: scored and sampled by the same calls as a student.
+
+One causal pass gives every answer token its log-probability; text is written token by token with
+cached keys and values. Each row has its own random numbers, as a canvas has.
+Shapes: B rows, L length, N scored tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .config import require
+from .denoiser import has_plain_head, max_length, probe_attention, row_chunks
+from .diffusion import generator
+from .errors import RequestError
+from .generate import Generation, Hole, visible
+from .likelihood import Likelihood, Pair, check_pair
+from .sampler import gumbel_argmax, nucleus
+from .scoring import by_length
+from .vocab import Vocab
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Autoregressive:
+    """A causal language model and its vocabulary."""
+
+    def __init__(self, model: PreTrainedModel, vocab: Vocab) -> None:
+        probe_attention(model, causal=True)
+        self.model = model
+        self.vocab = vocab
+        self.plain_head = has_plain_head(model)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def max_length(self) -> int:
+        """Longest row the model was built for, in tokens."""
+        return max_length(self.model.config)
+
+    @functools.cached_property
+    def opening(self) -> tuple[int, ...]:
+        """What its tokenizer puts before every text by itself: often a start token, often nothing."""
+        return tuple(self.vocab.tokenizer("a")["input_ids"][: -len(self.vocab.encode("a"))])
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodingSettings:
+    """How an AR model writes: temperature (0 = greedy) and the nucleus it draws from (1 = all)."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(
+            0 <= self.temperature < math.inf,
+            f"temperature must be >= 0 (0 = greedy); got {self.temperature}",
+        )
+        require(0 < self.top_p <= 1, f"top_p must be in (0, 1] (1 = all tokens); got {self.top_p}")
+
+
+# --- likelihood -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def log_likelihood(
+    ar: Autoregressive,
+    pairs: Sequence[Pair],
+    *,
+    batch_tokens: int = 4096,
+    progress: Callable[[int], None] | None = None,
+) -> list[Likelihood]:
+    """The exact log p(answer | prompt) of each pair, in nats; pairs of like length share a forward.
+
+    Raises RequestError for a pair that cannot be scored, before any forward.
+    """
+    for pair in pairs:
+        check_pair(pair, ar.max_length, None)
+    results: list[Likelihood | None] = [None] * len(pairs)
+    ids = [pair.prompt + pair.answer for pair in pairs]
+    for batch in by_length([len(row) for row in ids], batch_tokens):
+        length = max(len(ids[i]) for i in batch)
+        x_BL = torch.full((len(batch), length), ar.vocab.pad_id)
+        wanted_BL = torch.zeros_like(x_BL, dtype=torch.bool)  # outputs that predict the answer
+        for row, i in enumerate(batch):
+            x_BL[row, : len(ids[i])] = torch.tensor(ids[i])
+            wanted_BL[row, len(pairs[i].prompt) - 1 : len(ids[i]) - 1] = True
+        x_BL, wanted_BL = x_BL.to(ar.device), wanted_BL.to(ar.device)
+        targets_N = x_BL.roll(-1, dims=1)[wanted_BL]
+        # Padding is on the right, where a causal model does not look.
+        log_probs_N, hits_N = _token_scores(ar, x_BL, wanted_BL, targets_N)
+        counts = wanted_BL.sum(1).tolist()
+        for i, own_n, hit_n in zip(
+            batch, log_probs_N.split(counts), hits_N.split(counts), strict=True
+        ):
+            results[i] = Likelihood(
+                float(own_n.double().sum()), 0.0, 1, "ar", len(own_n), False, bool(hit_n.all())
+            )
+            if progress is not None:
+                progress(1)
+    return [result for result in results if result is not None]
+
+
+def _token_scores(
+    ar: Autoregressive, x_BL: torch.Tensor, wanted_BL: torch.Tensor, targets_N: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(N,) log-probabilities of the targets, and whether each was the likeliest token."""
+    if ar.plain_head:
+        rows_ND = ar.model.base_model(x_BL, use_cache=False)[0][wanted_BL]
+        head = ar.model.get_output_embeddings()
+    else:
+        rows_ND = ar.model(x_BL, use_cache=False, logits_to_keep=wanted_BL).logits
+        head = torch.nn.Identity()
+    width = ar.model.config.get_text_config().vocab_size
+    scores, hits = [], []
+    for chunk in row_chunks(len(targets_N), width):
+        log_probs_nV = head(rows_ND[chunk]).float().log_softmax(-1)
+        scores.append(log_probs_nV.gather(1, targets_N[chunk, None])[:, 0].cpu())
+        hits.append((log_probs_nV.argmax(-1) == targets_N[chunk]).cpu())
+    return torch.cat(scores), torch.cat(hits)
+
+
+# --- generation -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class _Writer:
+    """One row that is being written."""
+
+    index: int
+    hole: Hole
+    random: torch.Generator
+    ids: list[int] = dataclasses.field(default_factory=list)
+    log_prob: float = 0.0
+
+
+@torch.no_grad()
+def write(
+    ar: Autoregressive,
+    holes: Sequence[Hole],
+    settings: DecodingSettings,
+    *,
+    batch_size: int = 8,
+    done: Callable[[int, Generation], None] | None = None,
+) -> list[Generation]:
+    """Continue the text before each hole by at most its length, left to right.
+
+    Stops a row at the end token or a stop string. Raises RequestError if a hole has text after it
+    (see fim.py for models that can be told of it) or does not fit into the context.
+    """
+    for hole in holes:
+        if not hole.before:
+            raise RequestError("nothing stands before the hole; begin with the start token")
+        if hole.after:
+            raise RequestError(
+                f"an autoregressive model cannot see the {len(hole.after)} tokens after the hole;"
+                " leave them out, or use a model trained to fill in the middle"
+            )
+        if hole.total > ar.max_length:
+            raise RequestError(
+                f"prompt and new tokens are {hole.total}, but the model was built for at most"
+                f" {ar.max_length}; shorten the prompt or gen_length"
+            )
+    results: list[Generation | None] = [None] * len(holes)
+    order = sorted(range(len(holes)), key=lambda i: len(holes[i].before))
+    for first in range(0, len(order), batch_size):
+        batch = order[first : first + batch_size]
+        writers = [_Writer(i, holes[i], generator("sample", *holes[i].key)) for i in batch]
+        for writer, generation in _write_batch(ar, writers, settings):
+            results[writer.index] = generation
+            if done is not None:
+                done(writer.index, generation)
+    return [result for result in results if result is not None]
+
+
+def _write_batch(
+    ar: Autoregressive, writers: list[_Writer], settings: DecodingSettings
+) -> Iterator[tuple[_Writer, Generation]]:
+    """Each row as it is finished; it leaves the batch, so that the last ones do not pay for all."""
+    longest = max(len(writer.hole.before) for writer in writers)
+    x_BL = torch.full((len(writers), longest), ar.vocab.pad_id)
+    attended_BL = torch.zeros_like(x_BL)
+    for row, writer in enumerate(writers):
+        x_BL[row, longest - len(writer.hole.before) :] = torch.tensor(writer.hole.before)
+        attended_BL[row, longest - len(writer.hole.before) :] = 1
+    x_BL, attended_BL = x_BL.to(ar.device), attended_BL.to(ar.device)
+    positions_BL = (attended_BL.cumsum(1) - 1).clamp(min=0)
+    cache: Any = None
+    while writers:
+        output = ar.model(
+            x_BL,
+            attention_mask=attended_BL,
+            position_ids=positions_BL,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache = output.past_key_values
+        logits_BV = (
+            output.logits[:, -1, : len(ar.vocab)].float().cpu()
+        )  # no unused rows of the head
+        staying = []
+        for row, writer in enumerate(writers):
+            _add_token(writer, logits_BV[row], settings)
+            text, ids, tokens, reason = visible(ar.vocab, writer.ids, writer.hole.stop)
+            if reason == "stop" or len(writer.ids) == writer.hole.length:
+                mean = writer.log_prob / len(writer.ids)
+                nfe = len(writer.ids)
+                yield writer, Generation(text, ids, tokens, reason, nfe, mean)
+            else:
+                staying.append(row)
+        if len(staying) < len(writers):
+            writers = [writers[row] for row in staying]
+            kept = torch.tensor(staying, dtype=torch.long, device=ar.device)
+            attended_BL, positions_BL = attended_BL[kept], positions_BL[kept]
+            if writers:
+                cache.batch_select_indices(kept)
+        if writers:
+            x_BL = torch.tensor([[writer.ids[-1]] for writer in writers], device=ar.device)
+            attended_BL = torch.cat([attended_BL, torch.ones_like(x_BL)], dim=1)
+            positions_BL = positions_BL[:, -1:] + 1
+
+
+def _add_token(writer: _Writer, logits_V: torch.Tensor, settings: DecodingSettings) -> None:
+    if settings.temperature > 0:
+        uniforms_V = torch.rand(logits_V.shape, dtype=torch.float64, generator=writer.random)
+        allowed_V = nucleus(logits_V, settings.temperature, settings.top_p)
+        token = int(gumbel_argmax(allowed_V, uniforms_V, settings.temperature))
+    else:
+        token = int(logits_V.argmax())
+    writer.ids.append(token)
+    writer.log_prob += float(logits_V.log_softmax(-1)[token])
