@@ -77,7 +77,7 @@ def log_likelihood(
     pairs: Sequence[Pair],
     *,
     batch_tokens: int = 4096,
-    progress: Callable[[int], None] | None = None,
+    done: Callable[[int, Likelihood], None] | None = None,
 ) -> list[Likelihood]:
     """The exact log p(answer | prompt) of each pair, in nats; pairs of like length share a forward.
 
@@ -102,11 +102,11 @@ def log_likelihood(
         for i, own_n, hit_n in zip(
             batch, log_probs_N.split(counts), hits_N.split(counts), strict=True
         ):
-            results[i] = Likelihood(
-                float(own_n.double().sum()), 0.0, 1, "ar", len(own_n), False, bool(hit_n.all())
-            )
-            if progress is not None:
-                progress(1)
+            value, greedy = float(own_n.double().sum()), bool(hit_n.all())
+            result = Likelihood(value, 0.0, 1, "ar", len(own_n), is_bound=False, greedy=greedy)
+            results[i] = result
+            if done is not None:
+                done(i, result)
     return [result for result in results if result is not None]
 
 

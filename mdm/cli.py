@@ -15,6 +15,8 @@ COMMANDS = {
     "train": "mdm.train.command:train",
     "convert": "mdm.commands:convert",
     "generate": "mdm.commands:generate",
+    "score": "mdm.score_command:score",
+    "eval": "mdm.eval.command:evaluate",
     "data": "mdm.train.data_command:data",
     "bench": "mdm.benchmarks.command:bench",
     "demo": "mdm.benchmarks.command:demo",
@@ -50,6 +52,8 @@ def mdm() -> None:
     \b
     mdm train                      distil the embedded teacher on Python code (recipe "demo")
     mdm generate --prefix A --suffix B --span 12      fill what stands between
+    mdm score "def f(x):" "  return x"                 how likely the second text is after the first
+    mdm eval --tasks humaneval --limit 20             a benchmark, with standard errors
     mdm convert MODEL --output DIR                    an AR checkpoint as initial student
 
     Commands that take --model use the last finished run in runs/ if it is left out.

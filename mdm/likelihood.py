@@ -146,9 +146,9 @@ def log_likelihood(
     pairs: Sequence[Pair],
     settings: LikelihoodSettings,
     *,
-    progress: Callable[[int], None] | None = None,
+    done: Callable[[int, Likelihood], None] | None = None,
 ) -> list[Likelihood]:
-    """Score all pairs; rows of many pairs share a forward. `progress(n)` after n finished pairs.
+    """Score all pairs; rows of many pairs share a forward. `done(i, result)` as soon as pair i is.
 
     A result depends on its pair and the settings alone (up to rounding), not on the other pairs.
     Raises RequestError for a pair that cannot be scored, before any forward.
@@ -156,9 +156,9 @@ def log_likelihood(
     for pair in pairs:
         check_pair(pair, denoiser.max_length, denoiser.mask_id)
     if settings.estimator == ORDER:
-        return _by_order(denoiser, pairs, settings, progress)
+        return _by_order(denoiser, pairs, settings, done)
     if denoiser.block_size is not None:
-        return _by_blocks(denoiser, pairs, settings, progress)
+        return _by_blocks(denoiser, pairs, settings, done)
     names = [resolve(settings, len(pair.answer)) for pair in pairs]
     plans = [
         _draw(name, len(pair.answer), settings, pair.key)
@@ -177,7 +177,7 @@ def log_likelihood(
         log_probs_RA = torch.zeros(masks.masked_RL.shape, dtype=torch.float64)
         log_probs_RA[masks.masked_RL] = torch.cat(found[index]).double()
         found[index] = []
-        results[index] = Likelihood(
+        result = Likelihood(
             value=masks.value(log_probs_RA),
             std_err=ESTIMATORS[names[index]].std_err(masks, log_probs_RA),
             nfe=len(masks.weight_R) * (2 if settings.cfg_scale > 0 else 1),
@@ -185,8 +185,9 @@ def log_likelihood(
             num_tokens=len(pairs[index].answer),
             is_bound=len(pairs[index].answer) > 1,
         )
-        if progress is not None:
-            progress(1)
+        results[index] = result
+        if done is not None:
+            done(index, result)
     return [result for result in results if result is not None]
 
 
@@ -225,7 +226,7 @@ def _by_blocks(
     denoiser: Denoiser,
     pairs: Sequence[Pair],
     settings: LikelihoodSettings,
-    progress: Callable[[int], None] | None,
+    done: Callable[[int, Likelihood], None] | None,
 ) -> list[Likelihood]:
     if settings.cfg_scale > 0:
         raise RequestError(
@@ -233,7 +234,7 @@ def _by_blocks(
             " block diffusion model yet; set cfg_scale to 0"
         )
     results = []
-    for pair in pairs:
+    for index, pair in enumerate(pairs):
         grid = blocks.answer_blocks(len(pair.prompt), len(pair.answer), denoiser.block_size)
         names = [resolve(settings, block.stop - block.start) for block in grid]
         plans = [
@@ -258,8 +259,8 @@ def _by_blocks(
                 is_bound=any(block.stop - block.start > 1 for block in grid),
             )
         )
-        if progress is not None:
-            progress(1)
+        if done is not None:
+            done(index, results[-1])
     return results
 
 
@@ -267,23 +268,29 @@ def _by_order(
     denoiser: Denoiser,
     pairs: Sequence[Pair],
     settings: LikelihoodSettings,
-    progress: Callable[[int], None] | None,
+    done: Callable[[int, Likelihood], None] | None,
 ) -> list[Likelihood]:
     if denoiser.block_size is not None:
         raise RequestError("estimator order needs a full-canvas model; this one has blocks")
-    scored = order.decoding_order_scores(
+    results: list[Likelihood | None] = [None] * len(pairs)
+
+    def keep(index: int, value: float, nfe: int, greedy: bool) -> None:
+        length = len(pairs[index].answer)
+        result = Likelihood(value, 0.0, nfe, ORDER, length, is_bound=False, greedy=greedy)
+        results[index] = result
+        if done is not None:
+            done(index, result)
+
+    order.decoding_order_scores(
         denoiser,
         [(pair.prompt, pair.answer) for pair in pairs],
         rule=settings.remasking,
         block_length=settings.block_length,
         cfg_scale=settings.cfg_scale,
         batch_tokens=settings.batch_tokens,
-        progress=progress,
+        done=keep,
     )
-    return [
-        Likelihood(value, 0.0, nfe, ORDER, len(pair.answer), is_bound=False, greedy=greedy)
-        for pair, (value, nfe, greedy) in zip(pairs, scored, strict=True)
-    ]
+    return [result for result in results if result is not None]
 
 
 # --- rolling: a whole text -------------------------------------------------------------------------

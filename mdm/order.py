@@ -52,7 +52,7 @@ def decoding_order_scores(
     block_length: int | None = None,
     cfg_scale: float = 0.0,
     batch_tokens: int = 4096,
-    progress: Callable[[int], None] | None = None,
+    done: Callable[[int, float, int, bool], None] | None = None,
 ) -> list[tuple[float, int, bool]]:
     """(log p in nats, forwards, greedy) of each (prompt, answer); one forward a token.
 
@@ -76,8 +76,8 @@ def decoding_order_scores(
             for walk in [walk for walk in active if not walk.blocks]:
                 active.remove(walk)
                 results[walk.index] = (walk.value, walk.steps * passes, walk.greedy)
-                if progress is not None:
-                    progress(1)
+                if done is not None:
+                    done(walk.index, *results[walk.index])
     return results
 
 

@@ -96,10 +96,10 @@ def test_batches_of_like_length(lengths, batch_tokens, expected):
     assert by_length(lengths, batch_tokens) == expected
 
 
-def test_progress_counts_pairs():
-    done = []
-    log_likelihood(random_ar(), PAIRS, batch_tokens=20, progress=done.append)
-    assert done == [1, 1, 1, 1]
+def test_each_likelihood_is_told_as_soon_as_it_is_there():
+    told = {}
+    found = log_likelihood(random_ar(), PAIRS, batch_tokens=20, done=told.__setitem__)
+    assert [told[i] for i in range(len(PAIRS))] == found
     assert log_likelihood(random_ar(), []) == []
 
 

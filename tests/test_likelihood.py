@@ -239,12 +239,14 @@ def test_pairs_of_one_key_share_their_masks(monkeypatch, estimator):
     assert len(first) == len(shorter) + (9 if estimator == "stratified" else 0) == 16
 
 
-def test_progress_counts_pairs():
-    done = []
-    for estimator in ("auto", "order"):
+@pytest.mark.parametrize("block_size", [None, 2])
+def test_each_result_is_told_as_soon_as_it_is_there(block_size):
+    for estimator in ("auto", "order") if block_size is None else ("auto",):
+        told = {}
         settings = LikelihoodSettings(estimator=estimator)
-        log_likelihood(random_student(), PAIRS, settings, progress=done.append)
-    assert done == [1] * 8
+        student = random_student(block_size=block_size)
+        found = log_likelihood(student, PAIRS, settings, done=told.__setitem__)
+        assert [told[i] for i in range(len(PAIRS))] == found
 
 
 # --- order -----------------------------------------------------------------------------------------

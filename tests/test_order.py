@@ -69,15 +69,18 @@ def test_equals_the_slow_walk(family, shift, rule, block_length, scale):
 def test_neighbours_do_not_matter(batch_tokens):
     denoiser = random_student(shift=True)
     alone = [decoding_order_scores(denoiser, [pair])[0] for pair in PAIRS]
-    done = []
     for order in ([0, 1, 2, 3], [3, 1, 1, 0, 2]):
+        told = {}
         found = decoding_order_scores(
-            denoiser, [PAIRS[i] for i in order], batch_tokens=batch_tokens, progress=done.append
+            denoiser,
+            [PAIRS[i] for i in order],
+            batch_tokens=batch_tokens,
+            done=lambda i, *result, told=told: told.update({i: result}),
         )
+        assert [told[i] for i in range(len(order))] == found
         for i, (value, forwards, greedy) in zip(order, found, strict=True):
             assert value == pytest.approx(alone[i][0], abs=1e-5)
             assert (forwards, greedy) == alone[i][1:]
-    assert done == [1] * 9
     assert decoding_order_scores(denoiser, []) == []
 
 

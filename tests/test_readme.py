@@ -45,6 +45,7 @@ def test_every_command_is_found():
     names = [command[1] for command in commands() if command[0] == "mdm"]
     assert names.count("generate") == 2
     assert names.count("train") == 7
+    assert names.count("eval") == 4
     assert set(names) | {"demo"} == set(COMMANDS)
     prompts = [command[2] for command in commands() if command[1] == "generate"]
     assert prompts == ["--prefix", "import os\n"]
@@ -63,6 +64,7 @@ def place(tmp_path, monkeypatch):
         body = "".join(f"    x += {i} * {j}\n" for j in range(4))
         text = f'def f{i}(x):\n    """Add to x."""\n{body}    return x\n'
         Path(f"path/to/code/f{i}.py").write_text(text)
+    Path("README.md").write_text(README[:600], encoding="utf-8")
     return tmp_path
 
 
@@ -71,8 +73,27 @@ def shrink(command: list[str]) -> list[str]:
     name, arguments = command[1], command[2:]
     if name == "convert":
         arguments[arguments.index("--layers") + 1] = "1"
-    if name == "bench":
+    if arguments[:1] == ["train-step"]:
         arguments += ["--model", "path/to/model", "--rows", "1", "--length", "32", "--repeats", "1"]
+    if arguments[:1] == ["likelihood"]:
+        arguments += [
+            "--items",
+            "1",
+            "--length",
+            "3",
+            "--long-items",
+            "1",
+            "--long-length",
+            "4",
+            "--draws",
+            "2",
+        ]
+        arguments += ["--long-draws", "2", "--budgets", "2,4"]
+    if name == "eval" and "--tasks" in arguments:
+        arguments += ["--limit", "1", "--gen-length", "4", "--steps", "1"]
+        if "embedded" in arguments:  # the reader's teacher, in the folder that `compare` reads
+            tasks = arguments[arguments.index("--tasks") + 1].replace(",", "-")
+            arguments += ["--model", "path/to/model", "--output", f"runs/eval/embedded/{tasks}"]
     if name == "train" and "student.init=students/half" in arguments:
         arguments += [word for setting in SMALL for word in ("--set", setting)]
     elif name == "train" and not {"--list", "--settings", "--resume", "--dry-run"} & {*arguments}:
@@ -96,3 +117,7 @@ def test_the_commands_run(place, capsys):
     assert "def add(a, b):\n    total = " in output
     assert '"finish_reason"' in output
     assert "mdm / twin: memory" in output
+    assert "nats (lower bound, stratified" in output
+    assert "| infill_single_line | pass@1 |" in output
+    assert (place / "runs/eval/demo-final/humaneval-infill_single_line/results.json").is_file()
+    assert "stratified" in (place / "benchmarks/results/likelihood.jsonl").read_text()

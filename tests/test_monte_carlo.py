@@ -1,0 +1,175 @@
+"""How Monte-Carlo errors of likelihoods reach a score, against drawing everything again."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mdm.eval.harness import likelihood_key
+from mdm.eval.monte_carlo import gold_choice, mc_std_err
+from mdm.likelihood import Likelihood
+
+
+def likelihood(value, std_err, estimator="stratified"):
+    return Likelihood(value, std_err, 8, estimator, 4, estimator != "ar")
+
+
+def question(number, values, errors, target, texts=None, estimator="stratified"):
+    """(sample row, likelihoods by key) of a multiple-choice item."""
+    texts = texts or [f" choice {i}" for i in range(len(values))]
+    row = {
+        "doc": {"number": number},
+        "arguments": [(f"question {number}", text) for text in texts],
+        "target": target,
+    }
+    found = {
+        likelihood_key(row["doc"], arguments): likelihood(value, error, estimator)
+        for arguments, value, error in zip(row["arguments"], values, errors, strict=True)
+    }
+    return row, found
+
+
+def asked(items):
+    """Rows, and what stands for the model that scored them."""
+    rows = [row for row, _ in items]
+    return rows, SimpleNamespace(likelihoods={k: v for _, found in items for k, v in found.items()})
+
+
+ITEMS = [
+    ([-10.0, -10.4, -12.0], [0.5, 0.4, 0.1], 0),
+    ([-8.0, -7.5, -7.6], [0.2, 0.3, 0.4], 2),
+    ([-3.0, -9.0, -9.0], [0.1, 0.1, 0.1], 1),
+    ([-5.0, -5.0, -5.0], [1.0, 1.0, 1.0], 1),
+]
+
+
+def simulated(items, lengths=None, draws=20_00):
+    """Standard deviation of the accuracy when all likelihoods are drawn again."""
+    random = torch.Generator().manual_seed(1)
+    right = torch.zeros(draws)
+    for values, errors, target in items:
+        noise = torch.randn(draws, len(values), generator=random, dtype=torch.float64)
+        drawn = torch.tensor(values) + torch.tensor(errors) * noise
+        if lengths:
+            drawn = drawn / torch.tensor(lengths)
+        right += (drawn.argmax(1) == target).double()
+    return float((right / len(items)).std())
+
+
+def test_accuracy_as_if_drawn_again():
+    rows, lm = asked([question(i, *item) for i, item in enumerate(ITEMS)])
+    assert mc_std_err("acc", rows, lm) == pytest.approx(simulated(ITEMS), rel=0.1)
+    assert mc_std_err("acc", rows, lm) == mc_std_err("acc", rows, lm)
+
+
+def test_normed_accuracy_divides_by_the_length():
+    texts = [" abcd", " ab", " abcdefgh"]
+    rows, lm = asked([question(i, *item, texts=texts) for i, item in enumerate(ITEMS)])
+    expected = simulated(ITEMS, lengths=[4, 2, 8])
+    assert expected < 0.8 * simulated(ITEMS)
+    assert mc_std_err("acc_norm", rows, lm) == pytest.approx(expected, rel=0.15)
+
+
+def test_exact_likelihoods_have_no_error():
+    items = [question(0, [-1.0, -2.0], [0.0, 0.0], 0), question(1, [-2.0, -1.0], [0.0, 0.0], 0)]
+    assert mc_std_err("acc", *asked(items)) == 0.0
+
+
+def test_more_items_have_less_of_it():
+    one = [question(0, *ITEMS[3])]
+    many = [question(i, *ITEMS[3]) for i in range(16)]
+    assert mc_std_err("acc", *asked(many)) == pytest.approx(
+        mc_std_err("acc", *asked(one)) / 4, rel=0.1
+    )
+
+
+def test_none_where_there_is_none():
+    values = [-1.0, -2.0], [0.0, 0.0], 0
+    teacher = asked([question(0, *values, estimator="ar")])
+    assert mc_std_err("acc", *teacher) is None
+    rows, lm = asked([question(0, *values)])
+    assert mc_std_err("brier_score", rows, lm) is None
+    assert mc_std_err("acc", [], lm) is None
+    assert mc_std_err("acc", rows, SimpleNamespace(likelihoods={})) is None  # from lm-eval's cache
+    assert mc_std_err("acc", *asked([question(0, [-1.0, -2.0], [math.nan, 0.1], 0)])) is None
+    assert mc_std_err("acc", *asked([question(0, *values[:2], target=["a", "b"])])) is None
+    assert mc_std_err("acc", *asked([question(0, *values[:2], target=2)])) is None
+    assert mc_std_err("acc", *asked([question(0, *values[:2], target=-100)])) is None
+    # is_greedy of a single continuation
+    assert mc_std_err("acc", *asked([question(0, [-1.0], [0.1], 0)])) is None
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        (1, 1),
+        ("sits.", 1),
+        (" runs.", 0),
+        ("1", 1),
+        ("other", None),
+        (True, None),
+        (1.0, None),
+        ([1], None),
+    ],
+)
+def test_the_right_choice(target, expected):
+    row = {"target": target, "arguments": [("q", " runs."), ("q", " sits.")]}
+    assert gold_choice(row) == expected
+
+
+def test_a_label_that_is_a_number_is_found_by_its_text():
+    row = {"target": "1", "arguments": [("q", " 1"), ("q", " 0")]}
+    assert gold_choice(row) == 0
+
+
+# --- texts ---------------------------------------------------------------------------------------
+
+VALUES, ERRORS, LENGTHS = [-30.0, -12.0, -50.0], [0.5, 0.2, 1.0], [9, 4, 21]
+
+
+def texts(metric):
+    rows, found = [], {}
+    for i, (value, error, length) in enumerate(zip(VALUES, ERRORS, LENGTHS, strict=True)):
+        row = {"doc": i, "arguments": [(f"text {i}",)], "target": "", metric: (value, length)}
+        rows.append(row)
+        found[likelihood_key(i, row["arguments"][0])] = likelihood(value, error)
+    return rows, SimpleNamespace(likelihoods=found)
+
+
+@pytest.mark.parametrize(
+    ("metric", "score"),
+    [
+        ("word_perplexity", lambda values: math.exp(-sum(values) / sum(LENGTHS))),
+        ("byte_perplexity", lambda values: math.exp(-sum(values) / sum(LENGTHS))),
+        ("bits_per_byte", lambda values: -sum(values) / sum(LENGTHS) / math.log(2)),
+    ],
+)
+def test_perplexities_by_finite_differences(metric, score):
+    step = 1e-5
+    variance = 0.0
+    for i, error in enumerate(ERRORS):
+        moved = list(VALUES)
+        moved[i] += step
+        variance += ((score(moved) - score(VALUES)) / step * error) ** 2
+    assert mc_std_err(metric, *texts(metric)) == pytest.approx(math.sqrt(variance), rel=1e-3)
+
+
+def test_perplexity_of_continuations():
+    rows, lm = texts("perplexity")
+    for row, value in zip(rows, VALUES, strict=True):
+        row["perplexity"] = value
+    score = lambda values: math.exp(-sum(values) / len(values))  # noqa: E731
+    step = 1e-5
+    slopes = [
+        (score([v + step * (i == j) for j, v in enumerate(VALUES)]) - score(VALUES)) / step
+        for i in range(3)
+    ]
+    expected = math.sqrt(sum((s * e) ** 2 for s, e in zip(slopes, ERRORS, strict=True)))
+    assert mc_std_err("perplexity", rows, lm) == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_perplexity_without_lengths_is_left_alone():
+    rows, lm = texts("word_perplexity")
+    rows[1]["word_perplexity"] = 3.0
+    assert mc_std_err("word_perplexity", rows, lm) is None
