@@ -73,7 +73,7 @@ def called(monkeypatch):
         found.update(answers=answers, settings=settings, data=data, output=output, **more)
         Path(output).mkdir(parents=True)
         (Path(output) / "results.md").write_text("the table\n")
-        return {"seconds": 3.2}
+        return {"seconds": 3.2, "lm_eval": {}}
 
     monkeypatch.setattr(models, "open_evaluated", open_evaluated)
     monkeypatch.setattr(run_module, "evaluate", evaluate)
@@ -205,6 +205,20 @@ def test_what_is_refused(mdm_eval, arguments, expected_code, text):
     assert (code, out) == (expected_code, "")
     assert text in err
     assert "Traceback" not in err
+
+
+def test_notes_on_the_prompts(mdm_eval, called, monkeypatch):
+    details = {"truncated_prompts": {"a": 2}, "prompts_cut_inside_a_token": {"b": 3}}
+    evaluate = run_module.evaluate
+    monkeypatch.setattr(
+        run_module, "evaluate", lambda *all, **more: {**evaluate(*all, **more), "lm_eval": details}
+    )
+    code, out, err = mdm_eval("--tasks", "a", "--model", "m", "--strip")
+    assert (code, out) == (0, "the table\n")
+    assert called["model"] == model_settings(strip=True)
+    first, second, _ = err.splitlines()
+    assert first.startswith("note: b: 3 prompts end with white space that this tokenizer joins")
+    assert second == "note: a: 2 prompts were too long and lost their beginning"
 
 
 # --- processes -----------------------------------------------------------------------------------

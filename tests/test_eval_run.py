@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import tiny_eval
@@ -183,7 +184,7 @@ def test_infilling_beside_tasks_of_lm_eval(tmp_path, monkeypatch):
         from mdm.eval.outcome import Outcome, Score
 
         asked.append((task, settings, options))
-        return Outcome(task, {"pass": Score(0.5, 2)}, [], {})
+        return Outcome(task, {"pass": Score(0.5, 2, math.nan)}, [], {})
 
     monkeypatch.setattr(run, "run_infilling", run_infilling)
     names = ("infill_single_line", "gsm8k")
@@ -197,6 +198,8 @@ def test_infilling_beside_tasks_of_lm_eval(tmp_path, monkeypatch):
     assert options["limits"].seconds == 3.0
     assert (options["limit"], options["temperature"], options["top_p"]) == (2, 0.4, 1.0)
     assert record["sandbox"] is not None
+    results = strict(tmp_path / "out" / "results.json")
+    assert results["results"]["infill_single_line"]["pass"]["std_err"] is None
     with pytest.raises(ConfigError, match="--data is for tasks of lm-eval; none of infill_single"):
         evaluate(
             Scripted(solution).remembering(),

@@ -272,10 +272,24 @@ def test_a_teacher_with_an_empty_context():
 
 def test_too_long_a_prompt_is_cut_on_the_left():
     model, holes = scripted(max_length=20, settings=model_settings(gen_length=8))
-    model.generate_until([writing("0123456789abcdef"), writing("0123", doc_id=1)])
-    assert holes[1].before == (START, *b"56789abcdef")
-    assert holes[0].before == (START, *b"0123")
+    texts = ["0123456789abcdef", "0123", "0123456789a"]  # the last just fits
+    model.generate_until([writing(text, doc_id=i) for i, text in enumerate(texts)])
+    before = {hole.before for hole in holes}
+    assert before == {(START, *text) for text in (b"56789abcdef", b"0123", b"0123456789a")}
     assert model.truncated == {"a_task": 1}
+
+
+def test_white_space_at_the_end_of_a_prompt():
+    texts = ["def f():\n", "x  ", "y"]
+    for strip in (False, True):
+        model, holes = scripted(settings=model_settings(gen_length=4, strip=strip), joins=True)
+        model.generate_until([writing(text, doc_id=i) for i, text in enumerate(texts)])
+        kept = [text.rstrip() if strip else text for text in texts]
+        assert {hole.before for hole in holes} == {(START, *text.encode()) for text in kept}
+        assert model.joined == ({} if strip else {"a_task": 2})
+        # A template ends as it has to.
+        model.generate_until([writing(model.apply_chat_template(HISTORY))])
+        assert holes[-1].before[-1:] == tuple(b"\n")
 
 
 def test_no_room_for_a_prompt_at_all():

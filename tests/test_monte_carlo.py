@@ -71,6 +71,11 @@ def test_normed_accuracy_divides_by_the_length():
     assert mc_std_err("acc_norm", rows, lm) == pytest.approx(expected, rel=0.15)
 
 
+def test_the_space_before_a_choice_does_not_count():
+    item = question(0, [-1.5, -12.0], [0.1, 0.1], 0, texts=[" a", " abcdefgh"])
+    assert mc_std_err("acc_norm", *asked([item])) == pytest.approx(0.5, abs=0.1)  # -1.5 each
+
+
 def test_exact_likelihoods_have_no_error():
     items = [question(0, [-1.0, -2.0], [0.0, 0.0], 0), question(1, [-2.0, -1.0], [0.0, 0.0], 0)]
     assert mc_std_err("acc", *asked(items)) == 0.0

@@ -23,9 +23,9 @@ def surroundings(monkeypatch):
     METRIC.verdicts.clear()
 
 
-def evaluate(answers, task, data, *, include_path=None, native=None, **settings):
+def evaluate(answers, task, data, *, include_path=None, overrides=None, native=None, **settings):
     """{task: outcome} and lm-eval's own results of one task or group."""
-    loaded = load_tasks([task], data, include_path=include_path)
+    loaded = load_tasks([task], data, include_path=include_path, overrides=overrides)
     settings = EvalSettings(tasks=(task,), **settings)
     found, details = with_lm_eval(answers, settings, *loaded, native or {})
     return {outcome.task: outcome for outcome in found}, details
@@ -206,6 +206,18 @@ def test_multiple_choice(tmp_path, teacher):
     assert sample["arguments"][3] == ["Pets: A dog 2 It", " sings."]
 
 
+def test_an_item_counts_once_whatever_the_filters(tmp_path):
+    answers = tiny_eval.answers(mc_samples=16)
+    data = data_of("hellaswag", tmp_path)
+    filters = [{"name": name, "filter": [{"function": "take_first"}]} for name in ("a", "b")]
+    changes = {"hellaswag": {"filter_list": filters}}
+    one, _ = evaluate(answers, "hellaswag", data)
+    two, _ = evaluate(answers, "hellaswag", data, overrides=changes)
+    score = one["hellaswag"].scores["acc"]
+    assert score.mc_std_err > 0
+    assert two["hellaswag"].scores["acc (a)"] == two["hellaswag"].scores["acc (b)"] == score
+
+
 def rolling_task(folder):
     config = {
         "task": "own_texts",
@@ -347,11 +359,18 @@ def test_the_chat_template_and_a_begun_answer(tmp_path):
     assert sample["arguments"][0][0].endswith(text[-40:])
 
 
+def test_prompts_cut_inside_a_token_are_counted(tmp_path):
+    model = Scripted(lambda prompt, hole: "", joins=True)
+    _, details = evaluate(model.remembering(), "humaneval", data_of("humaneval", tmp_path))
+    assert details["prompts_cut_inside_a_token"] == {"humaneval": 3}
+
+
 def test_truncated_prompts_are_counted(tmp_path):
     model = Scripted(lambda prompt, hole: "", max_length=40)
     data = data_of("gsm8k", tmp_path)
     _, details = evaluate(model.remembering(), "gsm8k", data, limit=2)
     assert details["truncated_prompts"] == {"gsm8k": 2}
+    assert details["prompts_cut_inside_a_token"] == {}
     assert "samples" not in details
     assert details["config"]["weights"] == "script"
 

@@ -77,12 +77,16 @@ class Scripted:
     identity: dict = dataclasses.field(
         default_factory=lambda: {"kind": STUDENT, "weights": "script", "vocab": "bytes"}
     )
+    joins: bool = False
     asked: int = 0
     fail_after: int | None = None
 
     @property
     def vocab(self):
         return student().vocab
+
+    def joins_end(self, text):
+        return self.joins and text != text.rstrip()
 
     def complete(self, holes, *, temperature, top_p, done):
         results = []
