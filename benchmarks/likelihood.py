@@ -51,6 +51,12 @@ class LikelihoodBench:
         require(2 <= self.length <= 14, f"length must be 2…14 (2^length masks); got {self.length}")
         for name in ("items", "context", "long_length"):
             require(getattr(self, name) >= 1, f"{name} must be >= 1; got {getattr(self, name)}")
+        require(self.long_items >= 0, f"long_items must be >= 0; got {self.long_items}")
+        require(
+            min(self.budgets, default=0) < 2**self.length - 1,
+            f"with {2**self.length - 1} masks in all, budgets of {self.budgets} forwards leave nothing"
+            " to estimate; use a larger length or smaller budgets",
+        )
         for name in ("draws", "long_draws"):
             require(getattr(self, name) >= 2, f"{name} must be >= 2; got {getattr(self, name)}")
         require(min(self.budgets, default=0) >= 1, f"budgets must be >= 1; got {self.budgets}")

@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 from .metrics import pass_at_k
+from .progress import Progress
 from .sandbox import Check, Limits, Verdict, run_checks
 
 
@@ -26,6 +27,7 @@ class CodeEval:
     limits: Limits = Limits()
     workers: int | None = None
     verdicts: dict[tuple[str, str], Verdict] = dataclasses.field(default_factory=dict)
+    collected: list[Check] | None = None
 
     def compute(
         self,
@@ -41,15 +43,10 @@ class CodeEval:
             for tests, programs in zip(references, predictions, strict=True)
             for program in programs
         ]
-        new = list(
-            {
-                (c.program, c.tests): c for c in checks if (c.program, c.tests) not in self.verdicts
-            }.values()
-        )
-        for check, verdict in zip(
-            new, run_checks(new, self.limits, workers=self.workers), strict=True
-        ):
-            self.verdicts[check.program, check.tests] = verdict
+        if self.collected is not None:
+            self.collected += checks
+            return {f"pass@{number}": 0.0 for number in k}, {}
+        self.verify(checks)
         found: dict[int, list[tuple[int, dict[str, Any]]]] = {}
         passed, total = [], []
         for task, (tests, programs) in enumerate(zip(references, predictions, strict=True)):
@@ -69,6 +66,31 @@ class CodeEval:
             for number in ks
         }
         return values, found
+
+    def verify(self, checks: Sequence[Check], *, progress: Progress | None = None) -> None:
+        """Run the checks that have no verdict yet, each once."""
+        new = {(check.program, check.tests): check for check in checks}
+        new = {key: check for key, check in new.items() if key not in self.verdicts}
+        found = run_checks(
+            list(new.values()),
+            self.limits,
+            workers=self.workers,
+            progress=None if progress is None else lambda done: progress(),
+        )
+        self.verdicts |= dict(zip(new, found, strict=True))
+
+    @contextlib.contextmanager
+    def collecting(self) -> Iterator[None]:
+        """While active, checks are only noted, and scores are 0; at the end all are run at once."""
+        self.collected = []
+        try:
+            yield
+            checks, self.collected = self.collected, None
+            self.verify(
+                checks, progress=Progress("tests", len({(c.program, c.tests) for c in checks}))
+            )
+        finally:
+            self.collected = None
 
 
 # lm-eval's task modules are imported once a process and keep the object they found, so there is one.

@@ -50,7 +50,9 @@ def _names(ctx: click.Context, parameter: click.Parameter, text: str | None) -> 
     metavar="TASK=FILE",
     help="Local data of a task; TASK:SPLIT=FILE for one split. Can be repeated.",
 )
-@click.option("--limit", type=int, help="Items a task, from the first.  [default: all]")
+@click.option(
+    "--limit", type=int, help="Items a task, from the first; of infilling: problems.  [default: all]"
+)
 @click.option("--num-fewshot", type=int, help="Examples in the prompt.  [default: the task's]")
 @click.option("--chat", is_flag=True, help="Put prompts into the chat template.")
 @click.option("--system", help="System message, with --chat.")
@@ -204,16 +206,17 @@ def run(
 
 def notes(details: dict[str, Any]) -> list[str]:
     """What a reader of the scores should know about the prompts."""
-    cut = details.get("prompts_cut_inside_a_token", {})
-    short = details.get("truncated_prompts", {})
-    return [
-        f"{task}: {count} prompts end with white space that this tokenizer joins with what follows;"
-        " the model sees a cut token and may score far too low. --strip leaves it out"
-        for task, count in cut.items()
-    ] + [
-        f"{task}: {count} prompts were too long and lost their beginning"
-        for task, count in short.items()
-    ]
+    found = []
+    for task, count in details.get("prompts_cut_inside_a_token", {}).items():
+        found.append(
+            f"{task}: {count} prompts end with white space that this tokenizer joins with what"
+            " follows; the model sees a cut token and may score far too low. --strip leaves it out"
+        )
+    for task in details.get("num_fewshot_ignored", []):
+        found.append(f"{task}: lm-eval ignores --num-fewshot here, the task itself says 0")
+    for task, count in details.get("truncated_prompts", {}).items():
+        found.append(f"{task}: {count} prompts were too long and lost their beginning")
+    return found
 
 
 def default_output(model: str, tasks: tuple[str, ...]) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,15 @@ from typing import Any
 from mdm.errors import DataError
 
 from .json_files import Row, read_lines, read_object
-from .metrics import Z95, clustered_std_err, mcnemar, mean_and_std_err
+from .metrics import Z95, clustered_std_err, mcnemar, mean_and_std_err, paired_ratios
 
 NEEDED = ("task", "id", "doc_hash", "metrics")
+# Metrics whose items are (log-likelihood, length): what is compared, and how many nats it is.
+UNITS = {
+    "word_perplexity": ("nats per word", 1.0),
+    "byte_perplexity": ("nats per byte", 1.0),
+    "bits_per_byte": ("bits per byte", math.log(2)),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +40,8 @@ class Run:
 class Difference:
     """One metric of one task, over the n items that both runs have.
 
+    metric      its name; perplexities are compared by what they are the exponential of, the negative
+                log-likelihood of all items over their length, and say in which unit
     difference  mean b - mean a; std_err and the 95 % interval are those of paired items, or of
                 clusters of them (holes of one program); NaN and None for fewer than two
     only_a      items that just a gets right, for metrics that are 0 or 1; None for others
@@ -64,12 +73,17 @@ class Unpaired:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Run a against run b. `settings` has the ones that differ: name → (value in a, value in b)."""
+    """Run a against run b.
+
+    without_numbers  tasks with equal items, none of which has a number in both
+    settings         the ones that differ: name → (value in a, value in b)
+    """
 
     a: str
     b: str
     differences: list[Difference]
     unpaired: list[Unpaired]
+    without_numbers: list[str]
     settings: dict[str, tuple[Any, Any]]
 
 
@@ -78,28 +92,62 @@ def read_run(folder: str | Path) -> Run:
     folder = Path(folder)
     if not (folder / "results.json").is_file():
         raise DataError(f"{folder} has no results.json; give a folder that `mdm eval` wrote")
+    record = read_object(folder / "results.json")
+    for name in ("settings", "tasks", "results"):
+        if not isinstance(record.get(name), dict):
+            raise DataError(f"{folder / 'results.json'}: {name} must be an object")
     samples: dict[str, dict[str, Row]] = {}
     for path in sorted(folder.glob("samples_*.jsonl")):
         for where, row in read_lines(path):
             missing = [name for name in NEEDED if name not in row]
             if missing:
                 raise DataError(f"{where}: an item needs {', '.join(missing)}")
+            _check(where, row)
             own = samples.setdefault(row["task"], {})
             if own.setdefault(str(row["id"]), row) is not row:
                 raise DataError(f"{where}: item {row['id']!r} of {row['task']} is there twice")
-    return Run(str(folder), read_object(folder / "results.json"), samples)
+    return Run(str(folder), record, samples)
+
+
+def _check(where: str, row: Row) -> None:
+    """Raise DataError for a field of an item that cannot be compared."""
+    if not isinstance(row["task"], str) or not isinstance(row.get("cluster", ""), str | int):
+        raise DataError(f"{where}: task must be a text, cluster a text or a number")
+    metrics, pairs = row["metrics"], row.get("pairs", {})
+    if not isinstance(metrics, dict) or not all(map(_is_value, metrics.values())):
+        raise DataError(f"{where}: metrics must be an object of numbers and null")
+    if not isinstance(pairs, dict) or not all(map(_is_pair, pairs.values())):
+        raise DataError(f"{where}: pairs must be an object of [log-likelihood or null, length]")
+
+
+def _is_value(value: Any) -> bool:
+    """A finite number, or None: unknown."""
+    if value is None:
+        return True
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and abs(value) <= sys.float_info.max
+
+
+def _is_pair(pair: Any) -> bool:
+    if not isinstance(pair, list) or len(pair) != 2 or not all(map(_is_value, pair)):
+        return False
+    return pair[1] is not None and pair[1] >= 0
 
 
 def compare(a: Run, b: Run) -> Comparison:
     """Every metric that the runs share, in the order of a. Raises DataError if there is none."""
-    differences, unpaired = [], []
+    differences: list[Difference] = []
+    unpaired, without_numbers = [], []
     for task in dict.fromkeys([*a.samples, *b.samples]):
         own_a, own_b = a.samples.get(task, {}), b.samples.get(task, {})
         both = [i for i in own_a if i in own_b]
         pairs = [(own_a[i], own_b[i]) for i in both if own_a[i]["doc_hash"] == own_b[i]["doc_hash"]]
-        names = dict.fromkeys(name for left, _ in pairs for name in left["metrics"])
-        found = (_difference(task, name, pairs) for name in names)
-        differences += [difference for difference in found if difference is not None]
+        found = [_difference(task, name, pairs) for name in _names("metrics", pairs)]
+        found += [_difference_per_unit(task, name, pairs) for name in _names("pairs", pairs)]
+        known = [difference for difference in found if difference is not None]
+        differences += known
+        if pairs and not known:
+            without_numbers.append(task)
         left_over = Unpaired(
             task, len(own_a) - len(both), len(own_b) - len(both), len(both) - len(pairs)
         )
@@ -111,7 +159,12 @@ def compare(a: Run, b: Run) -> Comparison:
             " with a number is the same in both; evaluate the same tasks with the same settings"
         )
     tasks = {difference.task for difference in differences}
-    return Comparison(a.name, b.name, differences, unpaired, _differing(a.record, b.record, tasks))
+    settings = _differing(a.record, b.record, tasks)
+    return Comparison(a.name, b.name, differences, unpaired, without_numbers, settings)
+
+
+def _names(kind: str, pairs: Sequence[tuple[Row, Row]]) -> list[str]:
+    return list(dict.fromkeys(name for left, _ in pairs for name in left.get(kind, {})))
 
 
 def _difference(task: str, metric: str, pairs: Sequence[tuple[Row, Row]]) -> Difference | None:
@@ -129,9 +182,8 @@ def _difference(task: str, metric: str, pairs: Sequence[tuple[Row, Row]]) -> Dif
     steps = [y - x for x, y in zip(values_a, values_b, strict=True)]
     difference, _ = mean_and_std_err(steps)
     std_err = clustered_std_err(steps, clusters)
-    known = not math.isnan(std_err)
-    interval = (difference - Z95 * std_err, difference + Z95 * std_err) if known else None
     means = mean_and_std_err(values_a)[0], mean_and_std_err(values_b)[0]
+    interval = _interval(difference, std_err)
     found = Difference(task, metric, n, *means, difference, std_err, interval)
     if not {*values_a, *values_b} <= {0.0, 1.0}:
         return found
@@ -139,6 +191,33 @@ def _difference(task: str, metric: str, pairs: Sequence[tuple[Row, Row]]) -> Dif
     independent = len(set(clusters)) == n
     p_value = mcnemar(only_a, only_b) if independent else None
     return dataclasses.replace(found, only_a=only_a, only_b=only_b, p_value=p_value)
+
+
+def _difference_per_unit(
+    task: str, metric: str, pairs: Sequence[tuple[Row, Row]]
+) -> Difference | None:
+    """Of negative log-likelihood per word, byte, …; None and unknown values as in _difference."""
+    items_a, items_b, clusters = [], [], []
+    for left, right in pairs:
+        x, y = (row.get("pairs", {}).get(metric, [None, 0]) for row in (left, right))
+        if x[0] is not None and y[0] is not None:
+            items_a.append((float(x[0]), float(x[1])))
+            items_b.append((float(y[0]), float(y[1])))
+            clusters.append(left.get("cluster", left["id"]))
+    if not all(any(length for _, length in items) for items in (items_a, items_b)):
+        return None
+    unit, nats = UNITS.get(metric.partition(" (")[0], ("nats per unit of length", 1.0))
+    ratio_a, ratio_b, error = paired_ratios(items_a, items_b, clusters)
+    mean_a, mean_b, std_err = -ratio_a / nats, -ratio_b / nats, error / nats
+    step = mean_b - mean_a
+    label, n = f"{metric}, as {unit}", len(items_a)
+    return Difference(task, label, n, mean_a, mean_b, step, std_err, _interval(step, std_err))
+
+
+def _interval(difference: float, std_err: float) -> tuple[float, float] | None:
+    if math.isnan(std_err):
+        return None
+    return difference - Z95 * std_err, difference + Z95 * std_err
 
 
 def _tasks(run: Run) -> str:
@@ -161,9 +240,9 @@ def _differing(
 
 
 def _settings(record: Mapping[str, Any], tasks: set[str]) -> Iterator[tuple[str, Any]]:
-    yield from _flat(record.get("settings"), "")
+    yield from _flat(record["settings"], "")
     yield "seed", record.get("seed")
-    for task, own in (record.get("tasks") or {}).items():
+    for task, own in record["tasks"].items():
         if task in tasks:
             yield from _flat(own, f"{task}.")
 
@@ -194,7 +273,7 @@ def markdown(comparison: Comparison) -> str:
         "|---|---|---:|---:|---:|---:|---|---|---|",
     ]
     lines += [f"| {' | '.join(_cells(difference))} |" for difference in comparison.differences]
-    if comparison.unpaired:
+    if comparison.unpaired or comparison.without_numbers:
         lines.append("")
     for left in comparison.unpaired:
         changed = f", {left.changed} in both that are not the same" if left.changed else ""
@@ -202,6 +281,10 @@ def markdown(comparison: Comparison) -> str:
             f"- {left.task}: not compared are {left.only_a} items only in a,"
             f" {left.only_b} only in b{changed}"
         )
+    lines += [
+        f"- {task}: not compared, no metric has a number for each item"
+        for task in comparison.without_numbers
+    ]
     if comparison.settings:
         lines += ["", "Settings that differ besides the model (a / b):", ""]
         lines += [f"- {name}: {x!r} / {y!r}" for name, (x, y) in comparison.settings.items()]

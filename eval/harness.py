@@ -124,7 +124,10 @@ class MdmLM(LM):
         completions = []
         for request in requests:
             context, arguments = request.args
-            same = key_of(document_key(request.doc), context, arguments)
+            # Counted within the task: what other tasks ask must not change this one's texts.
+            same = key_of(
+                request.task_name, request.doc_id, document_key(request.doc), context, arguments
+            )
             completions.append(self._completion(request, seen[same]))
             seen[same] += 1
         return [result.text for result in self.answers.complete(completions)]

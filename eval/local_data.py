@@ -64,7 +64,7 @@ class _Splits(dict[str, Any]):
     def __missing__(self, split: str) -> Any:
         if "*" in self:
             return self["*"]
-        if self.evaluated in self:
+        if self.evaluated is not None and self.evaluated in self:
             return self[self.evaluated].select([])
         raise DataError(
             f"the local data has no split {split!r} (it has {', '.join(sorted(self))}); give it"

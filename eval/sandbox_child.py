@@ -41,8 +41,8 @@ else:  # a file that is run has no package
 
     del sys.path[0]
 
-# What most programs import is imported once for all of them.
-for _name in ("collections", "heapq", "itertools", "math", "re", "string", "typing"):
+# What tests may get and most programs import is imported once, before there is a program.
+for _name in sorted(trial.LIBRARY):
     import_module(_name)
 
 PROGRAM = "program"  # the module that the program's code is
@@ -338,7 +338,6 @@ ACTIONS: dict[str, Callable[..., Any]] = {
     "get item": lambda on, key: on[key],
     "set item": lambda on, key, value: on.__setitem__(key, value),
     "length": len,
-    "truth": bool,
     "text": str,
     "representation": repr,
     "iterate": iter,

@@ -1,20 +1,22 @@
 """The tests' side of a check: names of the program as stubs, and how it ended in one line.
 
 Runs inside the sandbox (process T of sandbox_child.py): standard library only. Whatever comes over
-the line was made by the program. Nothing here compares or computes with it except the tests.
+the line was made by the program. Nothing here compares or computes with it except the tests, and
+nothing is imported here because the program says so: it can only have the tests see, under its own
+name, what LIBRARY lists.
 """
 
 from __future__ import annotations
 
-import _ast
+import ast
 import builtins
 import contextlib
 import os
 import signal
 import sys
 import time
-from importlib import import_module
-from types import CodeType, ModuleType
+from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,10 +25,24 @@ else:
     import sandbox_wire as wire
 
 FILE_OF_TESTS = "<tests>"
+# Modules that tests use when only the program imports them; loaded before there is a program.
+LIBRARY = frozenset(
+    {"bisect", "cmath", "collections", "copy", "datetime", "decimal", "fractions", "functools"}
+    | {"heapq", "itertools", "math", "operator", "random", "re", "statistics", "string", "sys"}
+    | {"typing"}
+)
+SAFE_OF_SYS = frozenset({"getsizeof", "maxsize"})
 FROM_OUTSIDE = {"__name__", "__doc__", "__dict__", "__qualname__"}  # of a stub: its program's
 EXIT_WAIT_S = 0.2
 
 # --- stubs ---------------------------------------------------------------------------------------
+
+
+NOT_PLAIN = "returned a value that is not plain data ({})"
+
+
+class NoTruth(TypeError):
+    """The tests ask whether a stub is true."""
 
 
 class Watch:
@@ -38,8 +54,9 @@ class Watch:
 class Stub:
     """An object that stayed in the program's process: calls, attributes and items go there.
 
-    Comparison and hash stay here and mean identity, and there is no arithmetic: a program cannot
-    make an object that equals, or is near to, whatever the tests expect.
+    Comparison and hash stay here and mean identity; there is no arithmetic and no truth value: a
+    program cannot make an object that equals, or is near to, whatever the tests expect, or that is
+    true to one test and false to the next.
     """
 
     __slots__ = ("_ask", "_kind")
@@ -56,7 +73,10 @@ class Stub:
         return id(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._ask("call", *args, **kwargs)
+        try:
+            return self._ask("call", *args, **kwargs)
+        except StopIteration:  # would end a map() over the cases before the first comparison
+            raise RuntimeError("the program raised StopIteration") from None
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and name.endswith("__") and name not in FROM_OUTSIDE:
@@ -76,7 +96,7 @@ class Stub:
         return _exactly(int, self._ask("length"))
 
     def __bool__(self) -> bool:
-        return _exactly(bool, self._ask("truth"))
+        raise NoTruth(NOT_PLAIN.format(object.__getattribute__(self, "_kind")))
 
     def __str__(self) -> str:
         return _exactly(str, self._ask("text"))
@@ -126,78 +146,125 @@ def make_stub(line: wire.Line, number: int, form: str, name: str, bases: list[st
 class Names(dict[str, Any]):
     """The tests' globals. A name they do not define is looked up, in this order, as
 
-    1. what the program imports under that name from the standard library: the real thing;
-    2. a builtin, so that a program cannot bring its own `abs` or `len` to the tests;
-    3. a name of the program.
+    1. a builtin, so that a program cannot bring its own `abs` or `len` to the tests;
+    2. the real thing of the standard library, if the program binds the name and `real_things`
+       says that it means that to the tests;
+    3. a name of the program: plain data by copy, a stub for the rest.
 
-    A program can be asked for a function called `sum`: if the tests use no other name of the
-    program, its names go before the builtins.
+    A program can be asked for a function called `sum`: if that is the only name in the tests that
+    they do not define, and the program defines it at its top level, theirs is what is meant.
     """
 
-    def __init__(self, line: wire.Line, program: str, theirs: set[str], used: set[str]) -> None:
+    def __init__(self, line: wire.Line, program: str, theirs: set[str], tests: ast.Module) -> None:
         super().__init__(__name__="tests")
-        self.line, self.theirs = line, theirs
-        self.imported = imported_names(program)
-        language = set(vars(builtins))
-        self.builtins_first = bool((used & theirs) - language)
+        self.line = line
+        self.theirs = {name for name in theirs if not name.startswith("__")}
+        bound = bound_by(ast.parse(program))
+        uses, asked = uses_of_names(tests), ""
+        if len(uses) == 1 and isinstance(bound.get(name := next(iter(uses))), Defined):
+            asked = name
+        self.builtins = set(vars(builtins)) - {asked}
+        self.real = real_things(bound, uses, self.theirs - self.builtins)
         # Plain data is looked up anew each time, for the program may change it; the rest stays.
         # (A class body of the tests, unlike everything else, sees only what stays.)
-        for name in sorted(used & (theirs | set(self.imported))):
+        for name in sorted(uses.keys() & self.theirs):
             with contextlib.suppress(KeyError):
                 value = self[name]
                 if callable(value) or isinstance(value, (Stub, ModuleType)):
                     self[name] = value
 
     def __missing__(self, name: str) -> Any:
-        if name in self.imported:
-            try:
-                return self.imported[name].fetch()
-            except (ImportError, AttributeError):
-                pass
-        if name not in self.theirs or (self.builtins_first and hasattr(builtins, name)):
+        if name in self.builtins or name not in self.theirs:
             raise KeyError(name)
-        return self.line.ask("name", None, name)
+        return self.real[name] if name in self.real else self.line.ask("name", None, name)
 
 
+class Defined:
+    """Of a name: bound at the top level of the program by a definition or an assignment."""
+
+
+@dataclass(frozen=True)
 class Imported:
-    """One `import module` or `from module import attribute` of the program."""
+    """Of a name: bound by an import; `of`, if it is unaliased `from of import name`."""
 
-    def __init__(self, module: str, attribute: str | None = None) -> None:
-        self.module, self.attribute = module, attribute
-
-    def fetch(self) -> Any:
-        module = import_module(self.module)
-        return module if self.attribute is None else getattr(module, self.attribute)
+    of: str = ""
 
 
-def imported_names(program: str) -> dict[str, Imported]:
-    """Names bound by imports of the standard library at module level, unless defined again later."""
-    found: dict[str, Imported] = {}
-    tree: Any = compile(program, "<program>", "exec", _ast.PyCF_ONLY_AST, dont_inherit=True)
-    for node in tree.body:
-        if isinstance(node, _ast.Import):
+def bound_by(program: ast.Module) -> dict[str, Defined | Imported]:
+    """How the top level of a program binds its names; the last time counts."""
+    found: dict[str, Defined | Imported] = {}
+    for node in program.body:
+        if isinstance(node, ast.Import):
             for alias in node.names:
-                first = alias.name.partition(".")[0]
-                if first in sys.stdlib_module_names:
-                    found[alias.asname or first] = Imported(alias.name if alias.asname else first)
-        elif isinstance(node, _ast.ImportFrom):
-            module = node.module or ""
-            if node.level == 0 and module.partition(".")[0] in sys.stdlib_module_names:
-                for alias in node.names:
-                    found[alias.asname or alias.name] = Imported(module, alias.name)
-        elif isinstance(node, (_ast.FunctionDef, _ast.AsyncFunctionDef, _ast.ClassDef)):
-            found.pop(node.name, None)
-        elif isinstance(node, _ast.Assign):
-            for target in node.targets:
-                if isinstance(target, _ast.Name):
-                    found.pop(target.id, None)
+                found[alias.asname or alias.name.partition(".")[0]] = Imported()
+        elif isinstance(node, ast.ImportFrom):
+            of = node.module if node.module and not node.level else ""
+            for alias in node.names:
+                if alias.name == "*":
+                    found.update(dict.fromkeys(public_names(of), Imported(of)))
+                else:
+                    found[alias.asname or alias.name] = Imported("" if alias.asname else of)
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            found[node.name] = Defined()
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            for part in ast.walk(node):
+                if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
+                    found[part.id] = Defined()
     return found
 
 
-def used_names(code: CodeType) -> set[str]:
-    """Every global name and attribute in some code, with the functions in it."""
-    inner = [used_names(part) for part in code.co_consts if isinstance(part, CodeType)]
-    return set(code.co_names).union(*inner)
+def uses_of_names(tests: ast.Module) -> dict[str, set[str]]:
+    """The names in tests that they do not bind, each with its attributes there; "" is no attribute."""
+    uses: dict[str, set[str]] = {}
+    own: set[str] = set()
+    attribute_of = {
+        id(node.value): node.attr for node in ast.walk(tests) if isinstance(node, ast.Attribute)
+    }
+    for node in ast.walk(tests):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            uses.setdefault(node.id, set()).add(attribute_of.get(id(node), ""))
+        elif isinstance(node, ast.Name):
+            own.add(node.id)
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            own.add(node.name)
+        elif isinstance(node, ast.arg):
+            own.add(node.arg)
+        elif isinstance(node, ast.alias):
+            own.add(node.asname or node.name.partition(".")[0])
+    return {name: attributes for name, attributes in uses.items() if name not in own}
+
+
+def real_things(
+    bound: dict[str, Defined | Imported], uses: dict[str, set[str]], theirs: set[str]
+) -> dict[str, Any]:
+    """What names of the program are to the tests from the standard library, however it got them.
+
+    `from math import isclose`: the real one, if the tests also use a name that the program does
+    not import: what they are about is never an import. `math`, however bound: the real module, if
+    the tests use nothing but attributes which that has. Aliases are names like any other.
+    """
+    found = {}
+    used = uses.keys() & theirs
+    asked_for_more = any(not isinstance(bound.get(name), Imported) for name in used - LIBRARY)
+    for name in used:
+        how = bound.get(name)
+        if isinstance(how, Imported) and name in public_names(how.of):
+            if asked_for_more:
+                found[name] = getattr(sys.modules[how.of], name)
+        elif name in LIBRARY:
+            known = SAFE_OF_SYS if name == "sys" else set(dir(sys.modules[name]))
+            if uses[name] <= known:
+                found[name] = sys.modules[name]
+    return found
+
+
+def public_names(module: str) -> set[str]:
+    """What `from module import` can give the tests."""
+    if module not in LIBRARY - {"operator", "sys"}:
+        return set()
+    space = vars(sys.modules[module])
+    names = space.get("__all__") or [name for name in space if not name.startswith("_")]
+    return {name for name in names if not isinstance(space.get(name), ModuleType)}
 
 
 # --- the trial -----------------------------------------------------------------------------------
@@ -223,7 +290,7 @@ def _run(line: wire.Line, program: str, tests: str) -> str | None:
     try:
         theirs = {str(name) for name in line.ask("run", None, program)}
         code = compile(tests, FILE_OF_TESTS, "exec", dont_inherit=True)
-        names = Names(line, program, theirs, used_names(code))
+        names = Names(line, program, theirs, ast.parse(tests))
     except BaseException as error:  # noqa: BLE001 - the reason is told, nothing goes on
         return _describe(error, "program: ")
     try:
@@ -240,8 +307,10 @@ def _describe(error: BaseException, prefix: str, tests: str = "") -> str:
         return wire.ENDED
     if isinstance(error, MemoryError):
         return "out of memory"
+    if isinstance(error, NoTruth):
+        return str(error)
     if isinstance(error, AssertionError) and Watch.compared:
-        return f"returned a value that is not plain data ({Watch.compared})"
+        return NOT_PLAIN.format(Watch.compared)
     text = str(error)
     if not text and tests:
         text = _failing_line(error, tests)

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mdm.errors import MdmError, RequestError
+
 Compute = Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
 
 
@@ -61,6 +63,9 @@ def lead(name: str, items: Sequence[dict[str, Any]], compute: Compute) -> list[d
         _gather(None)  # the others wait for it, and would for hours
         raise
     shares = _gather(own)
+    for share in shares:
+        if isinstance(share, str):  # what went wrong there
+            raise RequestError(share)
     results: list[dict[str, Any]] = [{}] * len(items)
     for number, share in enumerate(shares):
         results[number :: world_size()] = share
@@ -70,7 +75,11 @@ def lead(name: str, items: Sequence[dict[str, Any]], compute: Compute) -> list[d
 def follow(computes: Mapping[str, Compute]) -> None:
     """The other processes' side: answer shares until the leader dismisses them."""
     while (message := _broadcast(None)) is not None:
-        _gather(computes[message["name"]](_share(message["items"])))
+        try:
+            answer: Any = computes[message["name"]](_share(message["items"]))
+        except MdmError as error:  # the leader says it, once
+            answer = str(error)
+        _gather(answer)
 
 
 def dismiss() -> None:

@@ -16,7 +16,7 @@ import re
 import socket
 import tempfile
 import urllib.parse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,7 +98,7 @@ def load_tasks(
             if changes:
                 entry.yaml_path = _derived(Path(folder), entry.name, entry.yaml_path, changes)
         with in_place_of_code_eval(), _quiet(), offline_unless_reachable():
-            return manager, _load(manager, names)
+            return manager, _load(manager, names, files)
 
 
 def task_manager(include_path: str | None) -> TaskManager:
@@ -187,7 +187,7 @@ def _derived(folder: Path, leaf: str, origin: Path | None, changes: Mapping[str,
     return path
 
 
-def _load(manager: TaskManager, names: Sequence[str]) -> dict[str, Any]:
+def _load(manager: TaskManager, names: Sequence[str], given: Collection[str]) -> dict[str, Any]:
     """Each name by itself, so that an error can say whose it is."""
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
     for name in names:
@@ -200,14 +200,14 @@ def _load(manager: TaskManager, names: Sequence[str]) -> dict[str, Any]:
                 f"task {name} needs a package that is missing: {' '.join(str(error).split())}"
             ) from error
         except Exception as error:
-            raise DataError(_missing_data(manager, name, error)) from error
+            raise DataError(_missing_data(manager, name, error, given)) from error
         for key, values in part.items():
             loaded[key].update(values)
     return loaded
 
 
-def _missing_data(manager: TaskManager, name: str, error: Exception) -> str:
-    """What the task would need, from its configuration."""
+def _missing_data(manager: TaskManager, name: str, error: Exception, given: Collection[str]) -> str:
+    """What the task would need, from its configuration; `given`: tasks that have a local file."""
     first = next((leaf for leaf in leaves(manager, name) if leaf in manager.task_index), name)
     entry = manager.task_index.get(first)
     config = (entry.cfg or {}) if entry else {}
@@ -221,6 +221,11 @@ def _missing_data(manager: TaskManager, name: str, error: Exception) -> str:
     # A template names fields in braces; a bare word is a field itself.
     fields = {field for text in templates for field in re.findall(r"{{\s*([a-z_]\w*)", text)}
     fields |= {text for text in templates if text.isidentifier()}
+    if any(leaf in given for leaf in leaves(manager, name)):
+        return (
+            f"the data given with --data does not fit task {name} ({type(error).__name__}: {reason});"
+            f" its rows need the fields {', '.join(sorted(fields)) or 'of ' + str(source)}"
+        )
     split = config.get("test_split") or config.get("validation_split")
     shots = config.get("fewshot_split") or config.get("training_split")
     text = (

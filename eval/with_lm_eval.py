@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import math
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from mdm.errors import DataError, MdmError
 from .answers import Answers
 from .code_eval import METRIC
 from .metrics import mean_and_std_err, pass_at_k, ratio_std_err, wilson_interval
-from .monte_carlo import mc_std_err
+from .monte_carlo import mc_std_err, mc_std_err_of_group
 from .outcome import Outcome, Score
 
 if TYPE_CHECKING:
@@ -62,23 +63,45 @@ def with_lm_eval(
         "bootstrap_iters": BOOTSTRAP,
         **native,
     }
-    with _quiet():
-        results = simple_evaluate(
-            model=lm,
-            tasks=list(loaded["tasks"]) + list(loaded["groups"]),
-            task_manager=manager,
-            confirm_run_unsafe_code=True,  # the sandbox's level was checked before
-            log_samples=True,
-            **arguments,
-        )
+
+    def run() -> Any:
+        with _quiet():
+            return simple_evaluate(
+                model=lm,
+                tasks=list(loaded["tasks"]) + list(loaded["groups"]),
+                task_manager=manager,
+                confirm_run_unsafe_code=True,  # the sandbox's level was checked before
+                log_samples=True,
+                **arguments,
+            )
+
+    if any(getattr(task, "UNSAFE_CODE", False) for task in loaded["tasks"].values()):
+        # lm-eval checks one program after the other. A first pass only collects them, so that they
+        # run side by side; in the second the verdicts and the model's answers are known.
+        with METRIC.collecting():
+            run()
+        lm = MdmLM(answers=answers)
+    results = run()
     outcomes = [
         outcome_of(name, results, lm, unsafe=bool(getattr(task, "UNSAFE_CODE", False)))
         for name, task in loaded["tasks"].items()
     ]
-    outcomes += [group_of(name, results) for name in results.get("groups", {})]
+    members = {outcome.task: outcome for outcome in outcomes}
+    outcomes += [
+        group_of(name, results, loaded["groups"].get(name), members)
+        for name in results.get("groups", {})
+    ]
     details = _plain({key: value for key, value in results.items() if key != "samples"})
     details["truncated_prompts"] = dict(lm.truncated)
     details["prompts_cut_inside_a_token"] = dict(lm.joined)
+    details["num_fewshot_ignored"] = [
+        name
+        for name, task in loaded["tasks"].items()
+        if settings.num_fewshot and task.get_config("num_fewshot") == 0  # as lm-eval has it
+    ]
+    for config in details["configs"].values():  # where our data comes from: code, and paths of here
+        config.pop("custom_dataset", None)
+        config.pop("dataset_kwargs", None)
     return outcomes, details
 
 
@@ -115,6 +138,10 @@ def outcome_of(name: str, results: Mapping[str, Any], lm: Any, *, unsafe: bool) 
         if unsafe and metric.startswith("pass"):
             continue  # ours count every sample, lm-eval's MBPP only the first
         own = [row for row in rows if row["filter"] == kept]
+        if metric == "acc" and not _greedy_is_known(own, lm):
+            for sample in samples:  # False stands for "not asked" in lm-eval's interface
+                sample["metrics"].pop(label, None)
+            continue
         error = results["results"][name].get(f"{metric}_stderr,{kept}")
         if metric in PERPLEXITIES:
             error = _perplexity_std_err(metric, value, [row[metric] for row in own])
@@ -141,6 +168,16 @@ def outcome_of(name: str, results: Mapping[str, Any], lm: Any, *, unsafe: bool) 
     )
 
 
+def _greedy_is_known(rows: list[dict[str, Any]], lm: Any) -> bool:
+    """Is this accuracy, if it is that of greedy decoding, known? A bound does not tell it."""
+    from .harness import likelihood_key
+
+    if any(len(row["arguments"]) != 1 or len(row["arguments"][0]) != 2 for row in rows):
+        return True  # choices, or generated text
+    found = [lm.likelihoods.get(likelihood_key(row["doc"], row["arguments"][0])) for row in rows]
+    return all(item is None or item.greedy is not None for item in found)
+
+
 def _perplexity_std_err(metric: str, value: float, pairs: list[tuple[float, float]]) -> float:
     """From the spread over texts (log-likelihood, length); lm-eval's own is a bootstrap or missing."""
     totals, sizes = zip(*pairs, strict=True)
@@ -148,8 +185,16 @@ def _perplexity_std_err(metric: str, value: float, pairs: list[tuple[float, floa
     return error / math.log(2) if metric == "bits_per_byte" else value * error
 
 
-def group_of(name: str, results: Mapping[str, Any]) -> Outcome:
-    """The mean of a group as lm-eval weighs it; its items are with its tasks."""
+def group_of(
+    name: str,
+    results: Mapping[str, Any],
+    group: Any = None,
+    members: Mapping[str, Outcome] | None = None,
+) -> Outcome:
+    """The mean of a group as lm-eval weighs it; its items are with its tasks.
+
+    `group` (lm-eval's) and `members` (outcomes of tasks) tell how Monte-Carlo errors add up.
+    """
     values = results["groups"][name]
     scores = {}
     for label, (metric, kept, value) in _numbers(values).items():
@@ -157,8 +202,35 @@ def group_of(name: str, results: Mapping[str, Any]) -> Outcome:
         count = int(
             values.get("sample_len", values.get("sample_count", {}).get(f"{metric},{kept}", 0))
         )
-        scores[label] = Score(value, count, error if isinstance(error, float) else None)
+        found = {} if group is None else _weights(group, metric, kept, results["results"])
+        errors = [
+            (weight, own.mc_std_err if (own := members[task].scores.get(label)) else None)
+            for task, weight in found.items()
+            if members
+        ]
+        scores[label] = Score(
+            value,
+            count,
+            error if isinstance(error, float) else None,
+            mc_std_err_of_group(errors),
+        )
     return Outcome(name, scores, [], {"group": True})
+
+
+def _weights(group: Any, metric: str, kept: str, results: Mapping[str, Any]) -> dict[str, float]:
+    """Task → weight in a group's mean, as Group.aggregate of lm-eval has it: over all its leaves."""
+    by_size = [
+        config.weight_by_size
+        for config in group.aggregate_metric_list
+        if config.metric == metric and (config.filter_list is None or kept in config.filter_list)
+    ][-1]
+    weights: dict[str, float] = {}
+    for task in group.get_all_tasks():  # twice what is in two of its groups
+        values = results.get(task.task_name, {})
+        if f"{metric},{kept}" in values:
+            size = values.get("sample_len", 0) if by_size else 1
+            weights[task.task_name] = weights.get(task.task_name, 0) + size
+    return weights
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, tuple[str, str, float]]:
@@ -179,15 +251,13 @@ def _label(metric: str, kept: str) -> str:
 def _samples(name: str, rows: list[dict[str, Any]], unsafe: bool) -> list[dict[str, Any]]:
     """One entry an item; lm-eval has one for each of its filters."""
     samples: dict[int, dict[str, Any]] = {}
+    ids = _ids(rows)
     for row in rows:
-        doc = row["doc"]
         entry = samples.setdefault(
             row["doc_id"],
             {
                 "task": name,
-                "id": str(doc.get("task_id", row["doc_id"]))
-                if isinstance(doc, dict)
-                else str(row["doc_id"]),
+                "id": ids[row["doc_id"]],
                 "doc_hash": row["doc_hash"],
                 "metrics": {},
                 "outputs": row["resps"][0] if len(row["resps"]) == 1 else row["resps"],
@@ -200,12 +270,29 @@ def _samples(name: str, rows: list[dict[str, Any]], unsafe: bool) -> list[dict[s
         for metric in row["metrics"]:
             value = row[metric]
             if isinstance(value, Mapping):  # pass@k of HumanEval is a dict
-                entry["metrics"] |= {_label(k, row["filter"]): v for k, v in value.items()}
-            elif isinstance(value, int | float):
-                entry["metrics"][_label(metric, row["filter"])] = float(value)
+                entry["metrics"] |= {
+                    _label(k, row["filter"]): float(v)
+                    for k, v in value.items()
+                    if isinstance(v, int | float)
+                }
+            elif isinstance(value, int | float):  # an item of `perplexity` is its log-likelihood
+                name_of_value = "log_likelihood" if metric == "perplexity" else metric
+                entry["metrics"][_label(name_of_value, row["filter"])] = float(value)
+            elif metric in PERPLEXITIES and isinstance(value, list | tuple):
+                pair = [float(part) for part in value]  # log-likelihood, length
+                entry.setdefault("pairs", {})[_label(metric, row["filter"])] = pair
         if unsafe:
             _add_verdicts(entry, row)
     return list(samples.values())
+
+
+def _ids(rows: list[dict[str, Any]]) -> dict[int, str]:
+    """Number of an item → its task_id; its number instead if task_ids are not unique in the task."""
+    ids = {}
+    for row in rows:
+        own = row["doc"].get("task_id") if isinstance(row["doc"], dict) else None
+        ids[row["doc_id"]] = str(row["doc_id"] if own is None else own)
+    return ids if len(set(ids.values())) == len(ids) else {number: str(number) for number in ids}
 
 
 def _add_verdicts(entry: dict[str, Any], row: Mapping[str, Any]) -> None:
@@ -219,7 +306,9 @@ def _add_verdicts(entry: dict[str, Any], row: Mapping[str, Any]) -> None:
     entry["passed"] = [verdict.passed for verdict in verdicts]
     entry["reasons"] = [verdict.reason for verdict in verdicts]
     n, c = len(verdicts), sum(entry["passed"])
-    rates = {f"pass@{k}": pass_at_k(n, c, k) for k in _ks(n)}
+    asked = [int(k) for k in re.findall(r"pass@(\d+)", " ".join(entry["metrics"]))]  # by the task
+    ks = sorted({*_ks(n), *(k for k in asked if k <= n)})
+    rates = {f"pass@{k}": pass_at_k(n, c, k) for k in ks}
     entry["metrics"] = {
         key: value for key, value in entry["metrics"].items() if not key.startswith("pass")
     } | rates

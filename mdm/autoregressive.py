@@ -48,6 +48,14 @@ class Autoregressive:
         return max_length(self.model.config)
 
     @functools.cached_property
+    def end_ids(self) -> frozenset[int]:
+        """Tokens that end a text: the tokenizer's end token, and what the model's generation says."""
+        config = self.model.generation_config
+        given = getattr(config, "eos_token_id", None)
+        more = given if isinstance(given, list) else [] if given is None else [given]
+        return frozenset((self.vocab.eos_id, *more))
+
+    @functools.cached_property
     def opening(self) -> tuple[int, ...]:
         """What its tokenizer puts before every text by itself: often a start token, often nothing."""
         return tuple(self.vocab.tokenizer("a")["input_ids"][: -len(self.vocab.encode("a"))])
@@ -211,7 +219,7 @@ def _write_batch(
         staying = []
         for row, writer in enumerate(writers):
             _add_token(writer, logits_BV[row], settings)
-            text, ids, tokens, reason = visible(ar.vocab, writer.ids, writer.hole.stop)
+            text, ids, tokens, reason = visible(ar.vocab, writer.ids, writer.hole.stop, ar.end_ids)
             if reason == "stop" or len(writer.ids) == writer.hole.length:
                 mean = writer.log_prob / len(writer.ids)
                 nfe = len(writer.ids)

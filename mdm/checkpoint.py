@@ -172,9 +172,20 @@ def save_denoiser(denoiser: Denoiser, path: str | Path) -> None:
 
 
 def weights_hash(path: str | Path) -> str:
-    """First 16 hex digits of the SHA-256 of a folder's weight files, or of one weight file."""
+    """First 16 hex digits of the SHA-256 of a folder's weight files, or of one weight file.
+
+    Raises CheckpointError if there is no weight file: the hash would be that of nothing.
+    """
     place = Path(path)
-    files = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
+    kinds = (
+        "*.safetensors",
+        "*.bin",
+        "*.gguf",
+    )  # the first that is there is the one that is loaded
+    found = (sorted(place.glob(kind)) for kind in kinds)
+    files = [place] if place.is_file() else next((some for some in found if some), [])
+    if not files:
+        raise CheckpointError(f"{path} has no weight file ({', '.join(kinds)})")
     digest = hashlib.sha256()
     for file in files:
         with open(file, "rb") as stream:

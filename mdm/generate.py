@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 
@@ -180,9 +180,15 @@ def result(
     return Generation(*visible(vocab, ids, stop), canvas.nfe, confidence)
 
 
-def visible(vocab: Vocab, ids: list[int], stop: Sequence[str]) -> tuple[str, list[int], int, str]:
-    """(text, ids, tokens of the text, finish reason): up to the end token or the first stop string."""
-    before_end = ids[: ids.index(vocab.eos_id)] if vocab.eos_id in ids else ids
+def visible(
+    vocab: Vocab, ids: list[int], stop: Sequence[str], end_ids: Collection[int] | None = None
+) -> tuple[str, list[int], int, str]:
+    """(text, ids, tokens of the text, finish reason): up to an end token or the first stop string.
+
+    `end_ids`: tokens that end a text, by default the vocabulary's end token.
+    """
+    ends = (vocab.eos_id,) if end_ids is None else end_ids
+    before_end = ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))]
     text = vocab.decode(before_end)
     places = [text.find(string) for string in stop if string in text]
     if places:

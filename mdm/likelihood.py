@@ -21,6 +21,7 @@ from .denoiser import Denoiser
 from .diffusion import generator
 from .errors import RequestError, check_known
 from .estimators import ESTIMATORS, Masks
+from .remasking import REMASKING
 from .scoring import Row, token_log_probs
 from .vocab import Vocab
 
@@ -53,7 +54,9 @@ class LikelihoodSettings:
 
     def __post_init__(self) -> None:
         check_known("estimator", self.estimator, KINDS)
-        check_known("position rule", self.remasking, order.RULES)
+        check_known("remasking strategy", self.remasking, REMASKING)
+        if self.estimator == ORDER:  # which needs a rule that draws nothing
+            check_known("position rule of estimator order", self.remasking, order.RULES)
         for name in ("mc_samples", "batch_tokens"):
             require(getattr(self, name) >= 1, f"{name} must be >= 1; got {getattr(self, name)}")
         require(

@@ -52,7 +52,7 @@ def score(
     mdm score --file README.md --window 128 --mc-samples 32
     mdm score "def add(a, b):" "  return a + b" --model embedded
     """
-    from .errors import ConfigError, DataError
+    from .errors import ConfigError, DataError, RequestError
     from .likelihood import (
         LikelihoodSettings,
         bits_per_byte,
@@ -70,7 +70,10 @@ def score(
     if file is None:
         assert context is not None
         assert continuation is not None
-        text = continuation
+        if not continuation:
+            raise RequestError("CONTINUATION is empty; there is nothing to score")
+        # Spaces at the end of the context are scored with the continuation.
+        text = context[len(context.rstrip()) :] + continuation
         pairs = [pair_of_texts(opened.vocab, context, continuation, opening=opened.opening)]
     else:
         try:
@@ -87,6 +90,8 @@ def score(
         "bits_per_byte": bits_per_byte(found, text),
         "model": opened.name,
         "settings": dataclasses.asdict(settings),
+        "window": window if file is not None else None,
+        "overlap": overlap if file is not None else None,
     }
     if as_json:
         click.echo(to_json(details))

@@ -312,3 +312,15 @@ def test_a_hole_that_cannot_be_written(hole, text):
 def test_wrong_settings(changes, text):
     with pytest.raises(ConfigError, match=text):
         DecodingSettings(**changes)
+
+
+@pytest.mark.parametrize(("given", "more"), [(None, set()), (3, {3}), ([3, 4], {3, 4})])
+def test_all_end_tokens_of_a_model_end_its_texts(given, more):
+    ar = random_ar()
+    ar.model.generation_config.eos_token_id = given
+    assert ar.end_ids == {ar.vocab.eos_id} | more
+    hole = Hole((START, 1), 12, key=("k",))
+    (found,) = write(ar, [hole], DecodingSettings(temperature=5.0))
+    ends = [i for i, token in enumerate(found.token_ids) if token in ar.end_ids]
+    assert ends in ([], [len(found.token_ids) - 1])
+    assert found.num_tokens == len(found.token_ids) - len(ends)

@@ -91,3 +91,11 @@ def test_a_record_and_its_tables(student, tmp_path):
 def test_bad_settings_are_named(change, named):
     with pytest.raises(ConfigError, match=named):
         bench.LikelihoodBench(**{**vars(SETTINGS), **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "named"), [({"long_items": -1}, "long_items"), ({"budgets": (15, 16)}, "nothing")]
+)
+def test_nothing_to_measure_is_refused(change, named):
+    with pytest.raises(ConfigError, match=named):
+        bench.LikelihoodBench(**{**vars(SETTINGS), **change})

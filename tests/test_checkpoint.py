@@ -406,3 +406,13 @@ def test_embedded_gguf_model_is_a_plain_model(tmp_path, monkeypatch):
     assert torch.allclose(
         reloaded.model(x_BL).logits[..., words], from_cache(x_BL).logits[..., words], atol=1e-4
     )
+
+
+def test_a_folder_without_weights_has_no_hash(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="no weight file"):
+        weights_hash(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"one")
+    one = weights_hash(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"two")
+    assert weights_hash(tmp_path) != one

@@ -19,7 +19,7 @@ def fake(monkeypatch):
     """Programs named "right" pass; the checks that were really made are kept."""
     made = []
 
-    def run_checks(checks, limits, *, workers):
+    def run_checks(checks, limits, *, workers, progress):
         made.append(([(check.program, check.tests) for check in checks], limits, workers))
         return [Verdict(c.program.startswith("right"), f"ran {c.program}", 0.1) for c in checks]
 
@@ -61,6 +61,33 @@ def test_k_beyond_the_fewest_samples_is_left_out(fake):
     values, _ = CodeEval().compute(references=["t", "u"], predictions=predictions, k=[1, 2])
     assert values == {"pass@1": pytest.approx((0.5 + 0.0) / 2)}
     assert CodeEval().compute(references=[], predictions=[], k=[1]) == ({}, {})
+
+
+def test_collected_programs_run_side_by_side(fake, capsys):
+    metric = CodeEval(limits=Limits(seconds=3), workers=2)
+    with metric.collecting():
+        for program in ("right", "wrong", "right"):
+            values, found = metric.compute(references=["t"], predictions=[[program]], k=[1])
+            assert (values, found) == ({"pass@1": 0.0}, {})
+        assert fake == []
+    assert fake == [([("right", "t"), ("wrong", "t")], Limits(seconds=3), 2)]
+    values, _ = metric.compute(references=["t"], predictions=[["right"]], k=[1])
+    assert values == {"pass@1": 1.0}
+    assert len([call for call in fake if call[0]]) == 1
+
+
+def test_what_was_collected_before_an_error_is_forgotten(fake):
+    metric = CodeEval()
+
+    def interrupted():
+        with metric.collecting():
+            metric.compute(references=["t"], predictions=[["right"]], k=[1])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert metric.collected is None
+    assert fake == []
 
 
 def test_verdicts_are_kept_by_program_and_tests(fake):

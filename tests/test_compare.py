@@ -4,10 +4,15 @@ import json
 import math
 
 import pytest
+import tiny_eval
+import yaml
 
 from mdm.errors import DataError
-from mdm.eval.compare import as_tree, compare, markdown, read_run
-from mdm.eval.metrics import Z95
+from mdm.eval.compare import UNITS, as_tree, compare, markdown, read_run
+from mdm.eval.metrics import Z95, ratio_std_err
+from mdm.eval.run import EvalSettings
+from mdm.eval.tasks import load_tasks, parse_data
+from mdm.eval.with_lm_eval import PERPLEXITIES, _samples, with_lm_eval
 from mdm.record import make_record, to_json
 
 
@@ -21,6 +26,7 @@ def folder(path, rows, settings=None, **record):
     """An evaluation folder as eval/run.py writes it."""
     path.mkdir()
     made = make_record("eval", {}, settings=settings or {}, seed=0, checkpoint="abc")
+    made["tasks"] = {}
     (path / "results.json").write_text(to_json({**made, **record}), encoding="utf-8")
     for task in {row["task"] for row in rows}:
         lines = [to_json(row) + "\n" for row in rows if row["task"] == task]
@@ -128,6 +134,157 @@ def test_pairs_are_found_by_id_not_by_place(run):
     assert (found.n, found.only_a, found.only_b) == (3, 0, 0)
 
 
+# --- numbers per word and byte -------------------------------------------------------------------
+
+
+def text(number, *, pairs, task="texts", **metrics):
+    return {**item(number, task, **metrics), "pairs": pairs}
+
+
+def texts(values, lengths=(2, 4, 2), metric="word_perplexity"):
+    return [
+        text(n, pairs={metric: [value, length]})
+        for n, (value, length) in enumerate(zip(values, lengths, strict=True))
+    ]
+
+
+def test_a_difference_per_word_by_hand(run):
+    (found,) = compare(run(texts([-6, -8, -2])), run(texts([-4, -6, -2]))).differences
+    assert (found.metric, found.n) == ("word_perplexity, as nats per word", 3)
+    assert (found.mean_a, found.mean_b, found.difference) == (2.0, 1.5, -0.5)
+    # b - a: 2 2 0 = 1/2 a word; beyond it 1 0 -1; sqrt(3/2 · 2) / 8
+    assert found.std_err == pytest.approx(math.sqrt(3) / 8)
+    assert found.interval == pytest.approx((-0.5 - Z95 * found.std_err, -0.5 + Z95 * found.std_err))
+    assert found.only_a is found.only_b is found.p_value is None
+
+
+def test_bits_per_byte(run):
+    a, b = (texts(values, metric="bits_per_byte") for values in ([-6, -8, -2], [-4, -6, -2]))
+    comparison = compare(run(a), run(b))
+    (found,) = comparison.differences
+    assert (found.mean_a, found.mean_b) == pytest.approx((2 / math.log(2), 1.5 / math.log(2)))
+    assert found.std_err == pytest.approx(math.sqrt(3) / 8 / math.log(2))
+    line = "| texts | bits_per_byte, as bits per byte | 3 | 2.8854 | 2.1640 | -0.7213 ± 0.3124 |"
+    assert line in markdown(comparison)
+
+
+def test_one_text_has_no_interval(run):
+    (found,) = compare(run(texts([-6], [2])), run(texts([-4], [2]))).differences
+    assert (found.difference, found.interval) == (-1.0, None)
+    assert math.isnan(found.std_err)
+
+
+def test_clusters_of_texts(run):
+    a, b = (
+        [{**row, "cluster": "xxy"[n]} for n, row in enumerate(texts(values))]
+        for values in ([-6, -8, -2], [-4, -6, -2])
+    )
+    (found,) = compare(run(a), run(b)).differences
+    assert found.std_err == pytest.approx(math.sqrt(2 * 2) / 8)  # 1 + 0 | -1
+
+
+def test_an_unknown_log_likelihood_leaves_its_text_out(run):
+    a = texts([math.nan, -8, -2, -1], [2, 4, 2, 1])
+    b = texts([-4, -6, -2, None], [2, 4, 2, 1])
+    del a[2]["pairs"]
+    (found,) = compare(run(a), run(b)).differences
+    assert (found.n, found.mean_a, found.mean_b) == (1, 2.0, 1.5)
+
+
+def test_texts_of_no_length_are_not_compared(run):
+    rows = [*texts([0.0], [0]), item(0, "t", acc=1.0)]
+    comparison = compare(run(rows), run(rows))
+    assert [found.task for found in comparison.differences] == ["t"]
+    assert comparison.without_numbers == ["texts"]
+
+
+def test_every_perplexity_of_lm_eval_has_a_unit():
+    assert set(UNITS) == set(PERPLEXITIES)
+
+
+def test_perplexities_of_an_evaluation(tmp_path, monkeypatch):
+    tiny_eval.no_network(monkeypatch)
+    own = tmp_path / "own"
+    own.mkdir()
+    config = {
+        "task": "own_texts",
+        "dataset_path": "nobody/own",
+        "output_type": "loglikelihood_rolling",
+        "test_split": "test",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": name} for name in PERPLEXITIES],
+    }
+    (own / "own.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    bodies = ["def f(x):\n    return x\n", "a b c", "import os, sys\n" * 3]
+    rows = tiny_eval.write_rows(tmp_path / "texts.jsonl", [{"text": body} for body in bodies])
+    runs, scores, totals = [], [], []
+    for seed in (0, 1):
+        loaded = load_tasks(["own_texts"], [parse_data(f"own_texts={rows}")], include_path=str(own))
+        answers = tiny_eval.answers(tiny_eval.teacher(seed=seed))
+        (outcome,), _ = with_lm_eval(answers, EvalSettings(tasks=("own_texts",)), *loaded, {})
+        scores.append(outcome.scores)
+        totals.append([sample["outputs"][0] for sample in outcome.samples])
+        runs.append(read_run(folder(tmp_path / f"run{seed}", outcome.samples)))
+    comparison = compare(*runs)
+    found = {d.metric.partition(",")[0]: d for d in comparison.differences}
+    assert list(found) == list(PERPLEXITIES)
+    for i, mean in enumerate(("mean_a", "mean_b")):
+        for name in ("word_perplexity", "byte_perplexity"):
+            expected = math.log(scores[i][name].value)
+            assert getattr(found[name], mean) == pytest.approx(expected)
+        bits = scores[i]["bits_per_byte"].value
+        assert getattr(found["bits_per_byte"], mean) == pytest.approx(bits)
+    steps = [y - x for x, y in zip(*totals, strict=True)]
+    error = ratio_std_err(steps, [len(body) for body in bodies])
+    assert found["byte_perplexity"].std_err == pytest.approx(error)
+    assert found["bits_per_byte"].std_err == pytest.approx(error / math.log(2))
+
+
+# --- the items of lm-eval ------------------------------------------------------------------------
+
+
+def logged(number, doc, metrics, kept="none"):
+    """A sample row as lm-eval logs it."""
+    return {
+        "doc_id": number, "doc": doc, "doc_hash": f"h{number}", "filter": kept, "resps": [["x"]],
+        "filtered_resps": ["x"], "arguments": [("q", "a")], "target": "", "metrics": list(metrics),
+        **metrics,
+    }  # fmt: skip
+
+
+def test_pairs_are_kept_under_the_name_of_their_metric():
+    rows = [logged(0, {}, {"word_perplexity": (-3.0, 2), "f1": (1, 0), "acc": 1}, "own")]
+    (sample,) = _samples("t", rows, False)
+    assert sample["pairs"] == {"word_perplexity (own)": [-3.0, 2.0]}
+    assert sample["metrics"] == {"acc (own)": 1.0}
+    assert "pairs" not in _samples("t", [logged(0, {}, {"acc": 1})], False)[0]
+
+
+def test_an_item_of_perplexity_is_a_log_likelihood():
+    rows = [logged(0, {}, {"perplexity": -3.5, "acc": 0})]
+    assert _samples("t", rows, False)[0]["metrics"] == {"log_likelihood": -3.5, "acc": 0.0}
+
+
+def test_only_numbers_of_a_metric_with_parts_are_kept():
+    rows = [logged(0, {}, {"parts": {"pass@1": 1, "text": "x"}})]
+    assert _samples("t", rows, False)[0]["metrics"] == {"pass@1": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("docs", "expected"),
+    [
+        ([{"task_id": 11}, {"task_id": "b"}], ["11", "b"]),
+        ([{"task_id": "a"}, {"task_id": "b"}, {"task_id": "a"}], ["0", "1", "2"]),
+        ([{"task_id": 1}, {"x": 0}, "text"], ["0", "1", "2"]),  # 1 is also a number of an item
+        ([{"task_id": "a"}, {"task_id": None}], ["a", "1"]),
+    ],
+)
+def test_ids_are_unique_in_the_task(docs, expected):
+    rows = [logged(n, doc, {"acc": 1}, kept) for kept in ("x", "y") for n, doc in enumerate(docs)]
+    assert [sample["id"] for sample in _samples("t", rows, False)] == expected
+
+
 # --- what is not the same ------------------------------------------------------------------------
 
 
@@ -166,6 +323,13 @@ def test_nothing_in_common_is_an_error(run, rows):
     task = rows[0]["task"]
     with pytest.raises(DataError, match=rf"a has arc, humaneval, .*b has {task}, and no item"):
         compare(a, b)
+
+
+def test_tasks_without_numbers_are_named(run):
+    rows = [*passes([1]), item(0, "bleu"), item(1, "bleu")]
+    comparison = compare(run(rows), run(rows))
+    assert comparison.without_numbers == ["bleu"]
+    assert "\n\n- bleu: not compared, no metric has a number" in markdown(comparison)
 
 
 def test_a_run_without_items(run):
@@ -237,7 +401,7 @@ def test_plain_values_for_json(run):
     assert tree["differences"][0]["difference"] == 1.0
     assert tree["differences"][0]["std_err"] is None
     assert tree["settings"] == {"x": [None, 1]}
-    assert set(tree) == {"a", "b", "differences", "unpaired", "settings"}
+    assert set(tree) == {"a", "b", "differences", "unpaired", "without_numbers", "settings"}
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -257,6 +421,29 @@ def test_a_folder_without_results(tmp_path, make):
         ("{", r"samples_humaneval\.jsonl, line 2 is not JSON"),
         ("{}", "line 2: an item needs task, id, doc_hash, metrics"),
         (to_json(item(0, acc=1.0)), "line 2: item 'humaneval/0' of humaneval is there twice"),
+        *(
+            (
+                to_json({**item(1), "metrics": metrics}),
+                r"samples_humaneval\.jsonl, line 2: metrics must be an object of numbers and null",
+            )
+            for metrics in ([1], None, 3, {"acc": "1"}, {"acc": [1]}, {"acc": True})
+        ),
+        (to_json(item(1)).replace("{}", '{"acc": NaN}'), "line 2: metrics must be"),
+        (to_json(item(1)).replace("{}", f'{{"acc": 1{400 * "0"}}}'), "line 2: metrics must be"),
+        *(
+            (to_json({**item(1), "pairs": pairs}), "line 2: pairs must be an object of")
+            for pairs in (
+                [1],
+                None,
+                {"m": 1},
+                {"m": [1]},
+                {"m": ["1", 1]},
+                {"m": [1, None]},
+                {"m": [1, -1]},
+            )
+        ),
+        (to_json({**item(1), "task": [1]}), "line 2: task must be a text"),
+        (to_json({**item(1), "cluster": [1]}), "line 2: task must be .* cluster a text or"),
     ],
 )
 def test_damaged_items(tmp_path, line, message):
@@ -273,3 +460,22 @@ def test_damaged_results(tmp_path, text):
     (path / "results.json").write_text(text, encoding="utf-8")
     with pytest.raises(DataError, match=r"results\.json"):
         read_run(path)
+
+
+@pytest.mark.parametrize("name", ["settings", "tasks", "results"])
+@pytest.mark.parametrize("value", [3, [1], None, "missing"])
+def test_results_of_another_shape(tmp_path, name, value):
+    path = folder(tmp_path / "run", passes([1]))
+    record = json.loads((path / "results.json").read_text())
+    record[name] = value
+    if value == "missing":
+        del record[name]
+    (path / "results.json").write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(DataError, match=rf"run/results\.json: {name} must be an object"):
+        read_run(path)
+
+
+def test_an_empty_record_is_no_evaluation(tmp_path):
+    (tmp_path / "results.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(DataError, match=r"results\.json: settings must be"):
+        read_run(tmp_path)

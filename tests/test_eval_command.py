@@ -208,7 +208,11 @@ def test_what_is_refused(mdm_eval, arguments, expected_code, text):
 
 
 def test_notes_on_the_prompts(mdm_eval, called, monkeypatch):
-    details = {"truncated_prompts": {"a": 2}, "prompts_cut_inside_a_token": {"b": 3}}
+    details = {
+        "truncated_prompts": {"a": 2},
+        "prompts_cut_inside_a_token": {"b": 3},
+        "num_fewshot_ignored": ["c"],
+    }
     evaluate = run_module.evaluate
     monkeypatch.setattr(
         run_module, "evaluate", lambda *all, **more: {**evaluate(*all, **more), "lm_eval": details}
@@ -216,7 +220,8 @@ def test_notes_on_the_prompts(mdm_eval, called, monkeypatch):
     code, out, err = mdm_eval("--tasks", "a", "--model", "m", "--strip")
     assert (code, out) == (0, "the table\n")
     assert called["model"] == model_settings(strip=True)
-    first, second, _ = err.splitlines()
+    first, third, second, _ = err.splitlines()
+    assert third == "note: c: lm-eval ignores --num-fewshot here, the task itself says 0"
     assert first.startswith("note: b: 3 prompts end with white space that this tokenizer joins")
     assert second == "note: a: 2 prompts were too long and lost their beginning"
 

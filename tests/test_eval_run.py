@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from contextlib import nullcontext
 
 import pytest
 import tiny_eval
@@ -13,7 +14,7 @@ from mdm.eval import run, sandbox
 from mdm.eval.code_eval import METRIC
 from mdm.eval.human_eval_data import human_eval_problems
 from mdm.eval.models import model_settings
-from mdm.eval.run import EvalSettings, evaluate
+from mdm.eval.run import EvalSettings, check_fit, evaluate
 from mdm.eval.tasks import parse_data
 
 
@@ -355,3 +356,62 @@ def test_lm_evals_own_arguments_can_be_given(tmp_path):
     )
     assert model.asked == 1
     assert record["lm_eval"]["config"]["fewshot_seed"] == 5
+
+
+# --- settings that would be ignored ----------------------------------------------------------------
+
+
+class _Task:
+    UNSAFE_CODE = True
+
+
+class _Graded:
+    UNSAFE_CODE = False
+
+
+@pytest.mark.parametrize(
+    ("values", "ours", "theirs", "named"),
+    [
+        ({"samples": 3, "temperature": 0.5}, ["infill_single_line"], {}, "infill_single_line"),
+        ({"samples": 3, "temperature": 0.5}, [], {"gsm8k": _Graded()}, "gsm8k"),
+        ({"chat": True}, ["infill_single_line"], {}, "--chat"),
+        ({"num_fewshot": 2}, ["infill_random_span"], {}, "--num-fewshot"),
+    ],
+)
+def test_settings_without_effect_are_refused(values, ours, theirs, named):
+    model = Scripted(lambda prompt, hole: "").remembering()
+    with pytest.raises(ConfigError, match=named):
+        check_fit(model, EvalSettings(("a",), **values), ours, theirs)
+
+
+def test_settings_with_an_effect_are_not():
+    model = Scripted(lambda prompt, hole: "").remembering()
+    code = {"humaneval": _Task()}
+    check_fit(model, EvalSettings(("a",), samples=3, temperature=0.5), [], code)
+    check_fit(model, EvalSettings(("a",), chat=True), ["infill_single_line"], code)
+
+
+def test_blocks_and_steps_cannot_fit_every_hole():
+    for values, refused in (
+        ({"steps": 4, "block_length": 2}, True),
+        ({"steps": 4}, False),
+        ({"block_length": 2}, False),
+    ):
+        answers = tiny_eval.answers(settings=model_settings(**values))
+        context = pytest.raises(ConfigError, match="--steps 4") if refused else nullcontext()
+        with context:
+            check_fit(answers, EvalSettings(("a",)), ["infill_single_line"], {})
+        check_fit(answers, EvalSettings(("a",)), [], {"gsm8k": _Graded()})
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"workers": 0}, "workers"),
+        ({"sandbox_level": "ful"}, "did you mean 'full'"),
+        ({"system": "Be brief."}, "--chat"),
+    ],
+)
+def test_settings_are_checked_before_anything_is_loaded(values, named):
+    with pytest.raises(ConfigError, match=named):
+        EvalSettings(("a",), **values)

@@ -442,3 +442,10 @@ def test_request_of_a_chat():
 def test_what_is_no_request(arguments, chat, text):
     with pytest.raises(ConfigError, match=text):
         request_of(*arguments, chat=chat)
+
+
+def test_any_of_several_end_tokens_ends_a_text():
+    vocab = word_vocab()
+    assert visible(vocab, [1, 5, 2], ())[2:] == (3, "length")
+    assert visible(vocab, [1, 5, 2], (), {5, vocab.eos_id})[2:] == (1, "stop")
+    assert visible(vocab, [1, vocab.eos_id, 2], (), {5})[2:] == (3, "length")

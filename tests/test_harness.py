@@ -470,3 +470,11 @@ def test_keys_name_documents_and_requests():
     assert likelihood_key({"a": 1}, ("x", "y")) == likelihood_key({"a": 1}, ["x", "y"])
     assert likelihood_key({"a": 1}, ("x", "y")) != likelihood_key({"a": 1}, ("x", "z"))
     assert not math.isnan(lm().loglikelihood([scoring("a", "b")])[0][0])
+
+
+def test_what_other_tasks_ask_does_not_change_a_text():
+    """Repeats are counted within a task: the same document in two tasks begins at 0 in both."""
+    model, holes = scripted(settings=ModelSettings())
+    asked = [writing("a", SAMPLED, task=task) for task in ("first", "second", "second")]
+    model.generate_until(asked)
+    assert sorted({hole.key[-1] for hole in holes}) == [0, 1]

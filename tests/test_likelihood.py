@@ -309,8 +309,8 @@ def test_exact_over_the_budget_says_the_way_out():
     ("changes", "text"),
     [
         ({"estimator": "stratifed"}, "unknown estimator 'stratifed'; did you mean 'stratified'?"),
-        ({"remasking": "low_conf"}, "unknown position rule 'low_conf'; did you mean 'low_confi"),
-        ({"remasking": "random"}, "unknown position rule 'random'"),
+        ({"remasking": "low_conf"}, "unknown remasking strategy 'low_conf'; did you mean 'low_c"),
+        ({"remasking": "random", "estimator": "order"}, "unknown position rule .* 'random'"),
         ({"mc_samples": 0}, "mc_samples must be >= 1; got 0"),
         ({"batch_tokens": 0}, "batch_tokens must be >= 1; got 0"),
         ({"cfg_scale": -0.5}, "cfg_scale must be >= 0; got -0.5"),

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import random
+import statistics
 
 import pytest
 
@@ -11,7 +13,9 @@ from mdm.eval.metrics import (
     mcnemar,
     mean_and_std_err,
     paired_difference,
+    paired_ratios,
     pass_at_k,
+    ratio_std_err,
     wilson_interval,
 )
 
@@ -85,6 +89,12 @@ def test_wilson_by_hand():
     assert wilson_interval(0, 3) == pytest.approx((0.0, Z95**2 / (3 + Z95**2)))
 
 
+@pytest.mark.parametrize("n", [*range(1, 60), 164, 500, 1319])
+def test_wilson_ends_are_exact(n):
+    assert wilson_interval(0, n)[0] == 0.0 < wilson_interval(0, n)[1] < 1.0
+    assert wilson_interval(n, n)[1] == 1.0 > wilson_interval(n, n)[0] > 0.0
+
+
 def test_z95_is_the_normal_quantile():
     assert math.erf(Z95 / math.sqrt(2)) == pytest.approx(0.95, abs=1e-6)
 
@@ -93,6 +103,41 @@ def test_paired_difference():
     a, b = [1.0, 0.0, 1.0, 0.0], [1.0, 1.0, 1.0, 0.0]
     assert paired_difference(a, b) == pytest.approx((0.25, 0.25))
     assert paired_difference(b, a) == pytest.approx((-0.25, 0.25))
+
+
+def test_paired_ratios_by_hand():
+    a, b = [(1.0, 1.0), (5.0, 3.0)], [(3.0, 1.0), (5.0, 3.0)]
+    # 6/4 and 8/4. Residuals a -1/2 1/2, b 1 -1; mean size 2: steps 3/4 -3/4; sqrt(2 · 9/8) / 2.
+    assert paired_ratios(a, b, "xy") == pytest.approx((1.5, 2.0, 0.75))
+    assert math.isnan(paired_ratios(a, b, "xx")[2])
+
+
+def test_paired_ratios_of_equal_sizes_are_the_ratio_of_differences():
+    sizes, a, b = [3.0, 9.0, 4.0], [-7.0, -20.0, -8.0], [-6.0, -22.0, -5.0]
+    expected = ratio_std_err([y - x for x, y in zip(a, b, strict=True)], sizes)
+    found = paired_ratios(list(zip(a, sizes, strict=True)), list(zip(b, sizes, strict=True)), "xyz")
+    assert found == pytest.approx((-35 / 16, -33 / 16, expected))
+
+
+def test_the_error_of_paired_ratios_is_that_of_drawing_items_again():
+    draw = random.Random(0)
+    sizes = [(draw.randint(5, 40), draw.randint(5, 40)) for _ in range(200)]
+    a = [(-2.0 * s + draw.gauss(0, 3), float(s)) for s, _ in sizes]
+    # b has most of a's deviation, and lengths of its own
+    b = [(-1.8 * t + x + 2.0 * s + draw.gauss(0, 1), float(t))
+         for (s, t), (x, _) in zip(sizes, a, strict=True)]  # fmt: skip
+
+    def ratio(items):
+        return sum(total for total, _ in items) / sum(size for _, size in items)
+
+    again = []
+    for _ in range(1000):
+        chosen = draw.choices(range(200), k=200)
+        again.append(ratio([b[i] for i in chosen]) - ratio([a[i] for i in chosen]))
+    _, _, error = paired_ratios(a, b, range(200))
+    assert error == pytest.approx(statistics.stdev(again), rel=0.08)
+    alone = math.hypot(*(ratio_std_err(*zip(*items, strict=True)) for items in (a, b)))
+    assert error < 0.7 * alone
 
 
 @pytest.mark.parametrize("only_a", range(5))

@@ -248,3 +248,17 @@ def test_a_prompt_that_ends_inside_a_token(student, pattern, text, expected):
     vocab = SimpleNamespace(encode=lambda given: re.findall(pattern, given))
     model = SimpleNamespace(vocab=vocab)
     assert dataclasses.replace(student, model=model).joins_end(text) is expected
+
+
+def test_identity_holds_what_decides_answers(student, student_folder, tmp_path):
+    """Not the weights alone: the same ones under another shift or architecture are another model."""
+    copy = tmp_path / "copy"
+    shutil.copytree(student_folder, copy)
+    settings = ModelSettings()
+    same = open_evaluated(str(copy), settings).identity
+    assert same == {**student.identity, "dtype": settings.dtype}
+    text = (copy / "mdm.json").read_text()
+    (copy / "mdm.json").write_text(text.replace('"block_size": null', '"block_size": 2'))
+    other = open_evaluated(str(copy), settings).identity
+    assert other["weights"] == same["weights"]
+    assert other["config"] != same["config"]

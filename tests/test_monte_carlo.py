@@ -4,10 +4,15 @@ import math
 from types import SimpleNamespace
 
 import pytest
+import tiny_eval
 import torch
+import yaml
 
 from mdm.eval.harness import likelihood_key
-from mdm.eval.monte_carlo import gold_choice, mc_std_err
+from mdm.eval.monte_carlo import gold_choice, mc_std_err, mc_std_err_of_group
+from mdm.eval.run import EvalSettings
+from mdm.eval.tasks import load_tasks, parse_data
+from mdm.eval.with_lm_eval import with_lm_eval
 from mdm.likelihood import Likelihood
 
 
@@ -178,3 +183,97 @@ def test_a_perplexity_without_lengths_is_left_alone():
     rows, lm = texts("word_perplexity")
     rows[1]["word_perplexity"] = 3.0
     assert mc_std_err("word_perplexity", rows, lm) is None
+
+
+# --- groups --------------------------------------------------------------------------------------
+
+
+def test_the_error_of_a_weighted_mean():
+    # Weights 1/4 and 3/4: sqrt((1/4 · 4)² + (3/4 · 2)²)
+    assert mc_std_err_of_group([(1, 4.0), (3, 2.0)]) == pytest.approx(math.sqrt(1 + 2.25))
+    assert mc_std_err_of_group([(1, 4.0), (3, None)]) == pytest.approx(1.0)  # exact: no error
+    assert mc_std_err_of_group([(1, None), (3, None)]) is None
+    assert mc_std_err_of_group([(1, 0.0), (3, None)]) == 0.0
+    assert mc_std_err_of_group([]) is None
+
+
+SIZES = {"own_a": 1, "own_b": 3, "own_c": 2}
+
+
+def mean_of(metric, by_size):
+    return {"metric": metric, "weight_by_size": by_size}
+
+
+GROUPS = {
+    "own_inner": {
+        "task": ["own_a", "own_b"],
+        "aggregate_metric_list": [mean_of("acc", True), mean_of("acc_norm", False)],
+    },
+    "own_outer": {
+        "task": ["own_inner", "own_c"],
+        "aggregate_metric_list": [mean_of("acc", False), mean_of("acc_norm", True)],
+    },
+    "own_twice": {  # own_a by itself and in a group
+        "task": ["own_inner", "own_other"],
+        "aggregate_metric_list": [mean_of("acc", True)],
+    },
+    "own_other": {"task": ["own_a", "own_c"]},
+}
+
+
+def grouped(folder, name, model=None):
+    """{task or group: scores} of one of GROUPS."""
+    folder.mkdir()
+    for task in SIZES:
+        config = {
+            "task": task,
+            "dataset_path": "nobody/own",
+            "dataset_name": task,
+            "output_type": "multiple_choice",
+            "test_split": "test",
+            "doc_to_text": "{{q}}",
+            "doc_to_choice": ["abcdefgh", "badcfehg", "hgfedcba"],
+            "doc_to_target": "{{t}}",
+            "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+        }
+        (folder / f"{task}.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    for group, config in GROUPS.items():
+        text = yaml.safe_dump({"group": group, **config})
+        (folder / f"{group}.yaml").write_text(text, encoding="utf-8")
+    data = folder / "data"
+    data.mkdir()
+    for task, size in SIZES.items():
+        rows = [{"q": f"{task} {i}?", "t": (i + 2) % 3} for i in range(size)]
+        tiny_eval.write_rows(data / f"{task}.jsonl", rows)
+    loaded = load_tasks([name], [parse_data(f"{name}={data}")], include_path=str(folder))
+    answers = tiny_eval.answers(model, mc_samples=4)
+    outcomes, _ = with_lm_eval(answers, EvalSettings(tasks=(name,)), *loaded, {})
+    return {outcome.task: outcome.scores for outcome in outcomes}
+
+
+@pytest.mark.parametrize(
+    ("asked", "group", "metric", "weights"),
+    [
+        ("own_outer", "own_inner", "acc", {"own_a": 1 / 4, "own_b": 3 / 4}),
+        ("own_outer", "own_inner", "acc_norm", {"own_a": 1 / 2, "own_b": 1 / 2}),
+        # Of all tasks below it, whatever the weights of the group between.
+        ("own_outer", "own_outer", "acc", dict.fromkeys(SIZES, 1 / 3)),
+        ("own_outer", "own_outer", "acc_norm", {"own_a": 1 / 6, "own_b": 3 / 6, "own_c": 2 / 6}),
+        ("own_twice", "own_twice", "acc", {"own_a": 2 / 7, "own_b": 3 / 7, "own_c": 2 / 7}),
+    ],
+)
+def test_groups_add_the_errors_of_their_tasks(tmp_path, monkeypatch, asked, group, metric, weights):
+    tiny_eval.no_network(monkeypatch)
+    scores = grouped(tmp_path / "own", asked)
+    members = {task: scores[task][metric] for task in weights}
+    assert all(score.mc_std_err > 0 for score in members.values())
+    whole = scores[group][metric]
+    assert whole.value == pytest.approx(sum(w * members[t].value for t, w in weights.items()))
+    expected = math.sqrt(sum((w * members[t].mc_std_err) ** 2 for t, w in weights.items()))
+    assert whole.mc_std_err == pytest.approx(expected)
+
+
+def test_a_group_of_exact_likelihoods_has_no_error(tmp_path, monkeypatch):
+    tiny_eval.no_network(monkeypatch)
+    scores = grouped(tmp_path / "own", "own_inner", tiny_eval.teacher())
+    assert scores["own_inner"]["acc"].mc_std_err is None

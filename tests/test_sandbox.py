@@ -14,6 +14,7 @@ import tempfile
 import textwrap
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -328,6 +329,115 @@ def test_a_module_that_the_program_imports_is_the_real_one_in_the_tests():
 
 def test_a_name_that_is_imported_and_then_defined_is_the_programs():
     fails("from math import gcd\ndef gcd(a, b): return 0", "assert gcd(4, 6) == 2", "Assertion")
+
+
+# The name of each is what a program gives the tests instead of what they mean.
+FORGED_NAMES = {
+    "alias of a builtin": (
+        "from operator import neg as abs\ndef f(x): return 1e9", "assert abs(f(1) - 7) < 1e-6"),
+    "import of builtins": (
+        "from builtins import len as set\ndef f(): return (0, 1)", "assert set(f()) == {4, 5}"),
+    "unaliased import named like a builtin": (
+        "from operator import *\ndef f(x): return 7", "assert abs(f(1)) == -7"),
+    "call of mock as math": (
+        "from unittest.mock import call as math\ndef f(x): return 0",
+        "assert math.isclose(f(1), 4188.79, rel_tol=0.001)"),
+    "mock as the function": ("from unittest.mock import MagicMock as f", "assert f(10)"),
+    "mock in the function": (
+        "from unittest.mock import MagicMock\ndef f(x): return MagicMock()", "assert f(10)"),
+    "mock that equals": ("from unittest.mock import ANY\ndef f(x): return ANY", "assert f(10) == 1"),
+    "mock as a method": ("from unittest.mock import MagicMock as T", "assert T().f(10)"),
+    "true to one, false to the other": (
+        "class T:\n  n = 0\n  def __bool__(self): T.n += 1; return T.n == 1\n"
+        "def f(x): return T()", "assert f(1)\nassert not f(2)"),
+    "false": ("class T:\n  def __len__(self): return 0\ndef f(x): return T()", "assert not f(1)"),
+    "module as the function": ("import math as f", "assert f(1)"),
+    "module as an attribute": (
+        "import operator as math\ndef f(x): return 0", "assert math.isclose(f(1), 7)"),
+    "object as math": (
+        "class M:\n  def isclose(self, *a, **k): return True\nmath = M()\ndef f(x): return 0",
+        "assert math.isclose(f(1), 7)"),
+    "class as math": (
+        "class math: isclose = lambda *a: True\ndef f(x): return 0", "assert math.isclose(f(1), 7)"),
+    "other module as math": (
+        "if True: import operator as math\nmath.isclose = lambda *a: True\ndef f(x): return 0",
+        "assert math.isclose(f(1), 7)"),
+    "object as sys": (
+        "class sys: getsizeof = lambda x: 0\ndef f(x): return 0", "assert f('a') == sys.getsizeof('a')"),
+    "changed module": (
+        "import math\nmath.isclose = lambda *a: True\nfrom math import isclose\ndef f(x): return 0",
+        "assert isclose(f(1), 7)"),
+    "changed module, all of it": (
+        "import math\nmath.isclose = lambda *a: True\nfrom math import *\ndef f(x): return 0",
+        "assert isclose(f(1), 7)"),
+    "builtin as the only name": ("from unittest.mock import MagicMock as sum", "assert sum(10, 15)"),
+    "builtin beside another": ("def set(x): return 0", "assert set(sum([1, 2], 0)) == set([4])"),
+    "def of a builtin": ("def abs(x): return 0\ndef f(x): return 0", "assert abs(f(1) - 7) < 1e-6"),
+    "end of a map": (
+        "def f(x): raise StopIteration", "for x, y in zip(map(f, [1, 2]), [1, 2]): assert x == y"),
+    "annotations": ("__annotations__ = 3\ndef f(x): return 0", "x: int = f(1)\nassert x == 7"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("level", ["process", "strongest"])
+@pytest.mark.parametrize(("program", "tests"), FORGED_NAMES.values(), ids=list(FORGED_NAMES))
+def test_no_name_of_the_program_decides_the_verdict(program, tests, level, monkeypatch):
+    if level == "process":
+        monkeypatch.setattr(sandbox, "reached_level", lambda: level)
+    fails(program, tests)
+
+
+@pytest.mark.parametrize("program", ["from operator import neg as abs", "def abs(x): return 0"])
+@pytest.mark.parametrize("level", ["process", "strongest"])
+def test_human_eval_is_not_forged_by_names(program, level, monkeypatch):
+    if level == "process":
+        monkeypatch.setattr(sandbox, "reached_level", lambda: level)
+    forged = f"{program}\ndef mean_absolute_deviation(numbers): return 1e9"
+    fails(forged, human_eval_checks()[4].tests, "AssertionError: assert abs(candidate(")
+
+
+def test_the_truth_of_an_object_is_no_answer():
+    reason = "returned a value that is not plain data (T)"
+    for test in ("assert f()", "assert not f()", "x = 1 if f() else 2", "assert any([f()])"):
+        fails("class T: pass\ndef f(): return T()", test, reason)
+
+
+def test_an_import_that_tests_call_runs_in_the_programs_process():
+    # What it gives is copied, as from a function of the program; the tests never hold the real one.
+    passes("from math import gcd", "assert gcd(4, 6) == 2 and type(gcd).__name__ == 'Stub'")
+    passes("from math import gcd as f", "assert f(4, 6) == 2 and type(f).__name__ == 'Stub'")
+    passes("from copy import deepcopy as f", "x = [[1]]\nassert f(x) == x and f(x)[0] is not x[0]")
+
+
+@pytest.mark.parametrize(
+    ("program", "tests"),
+    [
+        ("import math", "assert math.isclose(f(2.0), 2) and math.pi > 3"),
+        ("if True:\n  import math", "assert math.isclose(f(2.0), 2)"),
+        ("from math import isclose, inf", "assert isclose(f(2.0), 2) and f(1) < inf"),
+        ("from math import *", "assert isclose(f(2.0), 2)"),
+        ("import math as m", "assert m.isclose(f(2.0), 2)"),
+        ("from collections import Counter", "assert Counter(f('aab')) == {'a': 2, 'b': 1}"),
+        ("import collections", "assert collections.Counter(f('aab')) == {'a': 2, 'b': 1}"),
+        ("import collections.abc", "assert isinstance(f([]), collections.abc.Sequence)"),
+        ("import re", "assert re.match('a+', f('aab')).group() == 'aa'"),
+        ("import datetime", "assert f(datetime.date(2020, 1, 2)) < datetime.date(2020, 1, 3)"),
+        ("from datetime import datetime",
+         "assert f(datetime(2020, 1, 2)) == datetime.strptime('2020-01-02', '%Y-%m-%d')"),
+        ("import datetime as dt", "assert f(dt.date(2020, 1, 2)) == dt.date(2020, 1, 2)"),
+        ("import heapq", "x = f([3, 1, 2])\nheapq.heapify(x)\nassert heapq.heappop(x) == 1"),
+        ("from heapq import heappop, heapify", "x = [3, 1]\nheapify(x)\nassert heappop(f(x)) == 1"),
+        ("import sys", "assert f(sys.getsizeof('a')) == sys.getsizeof('b') < sys.maxsize"),
+        ("from functools import reduce", "assert reduce(lambda a, b: f(a) + b, [1, 2, 3]) == 6"),
+        ("from typing import List", "def g(x: List[int]) -> List[int]: return x\nassert f(g([])) == []"),
+        ("import copy", "x = [[1]]\nassert copy.deepcopy(x) == f(x)"),
+        ("def copy(x): return x[:]", "assert copy(f([1])) == [1]"),
+        ("def sum(a, b): return a + b", "assert sum(1, 2) == 3"),
+    ],
+)  # fmt: skip
+def test_what_only_the_program_imports_is_there_for_the_tests(program, tests):
+    own = "" if program.startswith("def sum") else "\ndef f(x): return x"
+    passes(program + own, tests)
 
 
 WALK = """
@@ -824,6 +934,8 @@ def test_levels():
     assert reached in LEVELS
     require_level("process")
     assert sandbox.describe()["level"] == reached
+    assert sandbox.describe()["limits"] == asdict(Limits())
+    assert sandbox.describe(QUICK)["limits"] == asdict(QUICK)
     with pytest.raises(ConfigError, match="unknown sandbox level 'ful'; did you mean 'full'"):
         require_level("ful")
 

@@ -102,3 +102,19 @@ def test_bad_input_is_named(place, arguments, error, named):
 def test_the_spelling_of_the_mask_is_text(place, capsys):
     out = json.loads(score(capsys, "<|mask|>", "<|mask|>", "--mc-samples", "8", "--json"))
     assert out["num_tokens"] == 8  # bytes, not one mask
+
+
+def test_bytes_are_those_of_what_is_scored(place, capsys):
+    """Spaces at the end of the context belong to the continuation."""
+    out = json.loads(score(capsys, "ab  ", "cd", "--json"))
+    assert out["num_tokens"] == 4
+    assert out["bits_per_byte"] == pytest.approx(-out["value"] / 4 / math.log(2))
+    with pytest.raises(RequestError, match="CONTINUATION is empty"):
+        mdm.main(["score", "ab ", ""], standalone_mode=False)
+
+
+def test_the_window_that_was_used_is_told(place, capsys):
+    (place / "code.py").write_text("x = 1\n" * 20)
+    out = json.loads(score(capsys, "--file", "code.py", "--mc-samples", "2", "--json"))
+    assert (out["window"], out["overlap"]) == (64, 0)  # 512 was asked; the model has 64
+    assert json.loads(score(capsys, "a", "b", "--json"))["window"] is None

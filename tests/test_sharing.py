@@ -135,6 +135,25 @@ def test_a_leader_that_fails_leaves_nobody_waiting(monkeypatch):
     assert found == [{"n": 2}, {"n": 4}]
 
 
+def test_what_goes_wrong_elsewhere_is_said_once_by_the_leader(monkeypatch):
+    calls = []
+
+    def fails_elsewhere(items):
+        calls.append(items)
+        if {"n": 1} in items:  # the leader's share
+            return doubled(items)
+        raise RequestError("too long")
+
+    def leader(computes):
+        with pytest.raises(RequestError, match="too long"):
+            sharing.lead("fails", [{"n": 1}, {"n": 2}], computes["fails"])
+        return sharing.lead("double", [{"n": 1}, {"n": 2}], computes["double"])
+
+    found, _ = Cluster(monkeypatch, 2).run(leader, {"double": doubled, "fails": fails_elsewhere})
+    assert found == [{"n": 2}, {"n": 4}]
+    assert len(calls) == 2
+
+
 # --- many, as processes --------------------------------------------------------------------------
 
 SCRIPT = """

@@ -270,7 +270,7 @@ def test_missing_data_of_a_group(own):
 
 
 def test_rows_of_the_wrong_form_are_a_data_error(tmp_path):
-    with pytest.raises(DataError, match=r"task gsm8k needs the data set .*question"):
+    with pytest.raises(DataError, match=r"does not fit task gsm8k .* fields answer, question"):
         load("gsm8k", f"gsm8k={rows_file(tmp_path, [{'x': 1}])}")
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"question": "1"}\n{"quest', encoding="utf-8")

@@ -105,6 +105,15 @@ def test_pass_at_k_counts_every_sample(task, tmp_path):
     }
 
 
+@pytest.mark.parametrize(("shots", "ignored"), [(None, []), (0, []), (2, ["humaneval"])])
+def test_examples_that_lm_eval_does_not_give_are_named(shots, ignored, tmp_path):
+    model = Scripted(lambda prompt, hole: human_solution(prompt)).remembering()
+    data = data_of("humaneval", tmp_path)
+    _, details = evaluate(model, "humaneval", data, num_fewshot=shots)
+    assert details["num_fewshot_ignored"] == ignored
+    assert not {"custom_dataset", "dataset_kwargs"} & set(details["configs"]["humaneval"])
+
+
 def test_what_is_kept_of_a_code_item(tmp_path):
     model = Scripted(lambda prompt, hole: human_solution(prompt) + "\ndef more(): ...")
     outcomes, _ = evaluate(model.remembering(), "humaneval", data_of("humaneval", tmp_path))
@@ -146,10 +155,11 @@ def test_sampling_settings_reach_the_requests(tmp_path):
     assert {(item.temperature, item.top_p) for item in seen} == {(0.6, 0.8)}
     seen.clear()
     evaluate(answers, "humaneval", data_of("humaneval", tmp_path), limit=1, temperature=0.0)
-    assert [(item.temperature, item.top_p) for item in seen] == [(0.0, 1.0)]
+    assert {(item.temperature, item.top_p) for item in seen} == {(0.0, 1.0)}
     seen.clear()
     evaluate(answers, "humaneval_64", data_of("humaneval_64", tmp_path), limit=1)
-    assert [(item.temperature, item.top_p) for item in seen] == [(0.2, 0.95)] * 64  # its own
+    assert {(item.temperature, item.top_p) for item in seen} == {(0.2, 0.95)}  # its own
+    assert len(seen) == 2 * 64  # once to collect the programs, once with their verdicts known
 
 
 def test_an_unknown_argument_of_a_task_is_refused(tmp_path):
