@@ -51,7 +51,9 @@ def _names(ctx: click.Context, parameter: click.Parameter, text: str | None) -> 
     help="Local data of a task; TASK:SPLIT=FILE for one split. Can be repeated.",
 )
 @click.option(
-    "--limit", type=int, help="Items a task, from the first; of infilling: problems.  [default: all]"
+    "--limit",
+    type=int,
+    help="Items a task, from the first; of infilling: problems.  [default: all]",
 )
 @click.option("--num-fewshot", type=int, help="Examples in the prompt.  [default: the task's]")
 @click.option("--chat", is_flag=True, help="Put prompts into the chat template.")
