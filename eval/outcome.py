@@ -30,7 +30,8 @@ class Outcome:
 
     Each sample has `task`, `id` (unique in the task), `doc_hash` (of the item itself, so that two
     runs are only compared on equal items), `metrics` (name → number), `outputs` (texts of the
-    model), and whatever else helps to understand it.
+    model), and whatever else helps to understand it. Rolling likelihoods have `pairs` instead of
+    metrics: name → (log-likelihood, length).
     """
 
     task: str

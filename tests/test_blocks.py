@@ -257,14 +257,3 @@ def test_what_blocks_cannot_do():
         log_likelihood(denoiser, [pair(2, 3)], LikelihoodSettings(cfg_scale=0.5))
     with pytest.raises(RequestError, match="order needs a full-canvas model; this one has blocks"):
         log_likelihood(denoiser, [pair(2, 3)], LikelihoodSettings(estimator="order"))
-
-
-def test_progress_counts_pairs():
-    done = []
-    log_likelihood(
-        block_student(block_size=2),
-        [pair(2, 3), pair(1, 1)],
-        LikelihoodSettings(),
-        progress=done.append,
-    )
-    assert done == [1, 1]

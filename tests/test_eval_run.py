@@ -55,7 +55,7 @@ METRICS = {
     "mmlu_pro_biology": ["exact_match (custom-extract)"],
     "hellaswag": ["acc", "acc_norm"],
     "mmlu_anatomy": ["acc"],
-    "humaneval_64": [f"pass@{k}" for k in (1, 2, 5, 10, 20, 50, 64)],
+    "humaneval_64": [f"pass@{k}" for k in (1, 2, 5, 8, 10, 16, 20, 32, 50, 64)],
 }
 
 
