@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM, CacheHook
 from lm_eval.api.registry import register_model
@@ -56,6 +57,8 @@ class MdmLM(LM):
             given = str(batch_size or "auto")
             number = 8 if given.startswith("auto") else int(given)
             source = model or str(last_finished())
+            if str(device).startswith("cuda") and not torch.cuda.is_available():
+                device = None  # lm-eval says "cuda:0" by default, also where there is no GPU
             evaluated = open_evaluated(
                 source, model_settings(batch_size=number, **settings), device
             )

@@ -478,3 +478,10 @@ def test_what_other_tasks_ask_does_not_change_a_text():
     asked = [writing("a", SAMPLED, task=task) for task in ("first", "second", "second")]
     model.generate_until(asked)
     assert sorted({hole.key[-1] for hole in holes}) == [0, 1]
+
+
+def test_lm_evals_default_device_is_no_wish(tmp_path):
+    save_denoiser(tiny_eval.student(), tmp_path / "student")
+    model = MdmLM(str(tmp_path / "student"), device="cuda:0", batch_size=2)
+    expected = "cuda:0" if torch.cuda.is_available() else "cpu"
+    assert str(model.answers.evaluated.model.device) == expected
