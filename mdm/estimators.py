@@ -17,6 +17,8 @@ import torch
 
 # Neyman allocation: the mean of l masked losses spreads like l^-1/2, so small l get more masks.
 ALLOCATION_POWER = 0.5
+# With fewer masks than l the spread of the weights counts too, so the shares are more even.
+SPARSE_POWER = 0.25
 PUBLISHED_BATCH = 8
 
 
@@ -54,11 +56,11 @@ def stratified(length: int, samples: int, random: torch.Generator) -> Masks:
     """At most `samples` masks; each l has its share, each position is masked equally often.
 
     Small l get more masks (their mean spreads more), an l with few subsets gets each of them once.
-    With fewer masks than L the l are drawn by one uniform, evenly spread over the same shares.
+    With fewer masks than L the l are drawn by one uniform, evenly spread over shares like these.
     Unbiased for every L and number of samples.
     """
     if samples < length:
-        share_l = torch.arange(1, length + 1, dtype=torch.float64) ** -ALLOCATION_POWER
+        share_l = torch.arange(1, length + 1, dtype=torch.float64) ** -SPARSE_POWER
         share_l /= share_l.sum()
         u = torch.rand((), generator=random, dtype=torch.float64)
         points_R = (u + torch.arange(samples)) / samples
