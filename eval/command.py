@@ -71,6 +71,7 @@ def _names(ctx: click.Context, parameter: click.Parameter, text: str | None) -> 
     show_default=True,
     help="low_confidence, random, margin or entropy.",
 )
+@click.option("--threshold", type=float, help="Keep all proposals this sure, instead of --steps.")
 @click.option("--cfg-scale", default=0.0, show_default=True, help="Guidance strength; 0 = off.")
 @click.option("--suppress-eos", is_flag=True, help="Never propose the end token.")
 @click.option("--eos-last", is_flag=True, help="Keep an end token only when nothing else is left.")

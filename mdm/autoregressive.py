@@ -151,7 +151,6 @@ class _Writer:
     log_prob: float = 0.0
 
 
-@torch.no_grad()
 def write(
     ar: Autoregressive,
     holes: Sequence[Hole],
@@ -166,34 +165,65 @@ def write(
     (see fim.py for models that can be told of it) or does not fit into the context.
     """
     for hole in holes:
-        if not hole.before:
-            raise RequestError("nothing stands before the hole; begin with the start token")
-        if hole.after:
-            raise RequestError(
-                f"an autoregressive model cannot see the {len(hole.after)} tokens after the hole;"
-                " leave them out, or use a model trained to fill in the middle"
-            )
-        if hole.total > ar.max_length:
-            raise RequestError(
-                f"prompt and new tokens are {hole.total}, but the model was built for at most"
-                f" {ar.max_length}; shorten the prompt or gen_length"
-            )
+        check_hole(ar, hole)
     results: list[Generation | None] = [None] * len(holes)
     order = sorted(range(len(holes)), key=lambda i: len(holes[i].before))
     for first in range(0, len(order), batch_size):
         batch = order[first : first + batch_size]
-        writers = [_Writer(i, holes[i], generator("sample", *holes[i].key)) for i in batch]
-        for writer, generation in _write_batch(ar, writers, settings):
-            results[writer.index] = generation
-            if done is not None:
-                done(writer.index, generation)
+        for written in writing(ar, [holes[i] for i in batch], settings):
+            for token in written:
+                if token.result is not None:
+                    results[batch[token.row]] = token.result
+                    if done is not None:
+                        done(batch[token.row], token.result)
     return [result for result in results if result is not None]
 
 
-def _write_batch(
-    ar: Autoregressive, writers: list[_Writer], settings: DecodingSettings
-) -> Iterator[tuple[_Writer, Generation]]:
-    """Each row as it is finished; it leaves the batch, so that the last ones do not pay for all."""
+def check_hole(ar: Autoregressive, hole: Hole) -> None:
+    """Raise RequestError unless the model can continue the text before this hole."""
+    if not hole.before:
+        raise RequestError("nothing stands before the hole; begin with the start token")
+    if hole.after:
+        raise RequestError(
+            f"an autoregressive model cannot see the {len(hole.after)} tokens after the hole;"
+            " leave them out, or use a model trained to fill in the middle"
+        )
+    if hole.total > ar.max_length:
+        raise RequestError(
+            f"prompt and new tokens are {hole.total}, but the model was built for at most"
+            f" {ar.max_length}; shorten the prompt or gen_length"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """One token more in a row, its probability, and the result if it was the row's last."""
+
+    row: int
+    token: int
+    confidence: float
+    result: Generation | None
+
+
+@dataclasses.dataclass
+class _Writer:
+    """One row that is being written."""
+
+    row: int
+    hole: Hole
+    random: torch.Generator
+    ids: list[int] = dataclasses.field(default_factory=list)
+    log_prob: float = 0.0
+
+
+def writing(
+    ar: Autoregressive, holes: Sequence[Hole], settings: DecodingSettings
+) -> Iterator[list[Written]]:
+    """Write all rows in one batch; yields after every forward. The holes have been checked.
+
+    A row leaves the batch as soon as it is finished, so that the last ones do not pay for all.
+    """
+    writers = [_Writer(row, hole, generator("sample", *hole.key)) for row, hole in enumerate(holes)]
     longest = max(len(writer.hole.before) for writer in writers)
     x_BL = torch.full((len(writers), longest), ar.vocab.pad_id)
     attended_BL = torch.zeros_like(x_BL)
@@ -204,28 +234,24 @@ def _write_batch(
     positions_BL = (attended_BL.cumsum(1) - 1).clamp(min=0)
     cache: Any = None
     while writers:
-        output = ar.model(
-            x_BL,
-            attention_mask=attended_BL,
-            position_ids=positions_BL,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        with torch.no_grad():  # not around the generator: it would hold for whoever drains it
+            output = ar.model(
+                x_BL,
+                attention_mask=attended_BL,
+                position_ids=positions_BL,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
         cache = output.past_key_values
-        logits_BV = (
-            output.logits[:, -1, : len(ar.vocab)].float().cpu()
-        )  # no unused rows of the head
-        staying = []
-        for row, writer in enumerate(writers):
-            _add_token(writer, logits_BV[row], settings)
-            text, ids, tokens, reason = visible(ar.vocab, writer.ids, writer.hole.stop, ar.end_ids)
-            if reason == "stop" or len(writer.ids) == writer.hole.length:
-                mean = writer.log_prob / len(writer.ids)
-                nfe = len(writer.ids)
-                yield writer, Generation(text, ids, tokens, reason, nfe, mean)
-            else:
-                staying.append(row)
+        # no unused rows of the head
+        logits_BV = output.logits[:, -1, : len(ar.vocab)].float().cpu()
+        written = [
+            _add_token(ar, writer, logits_V, settings)
+            for writer, logits_V in zip(writers, logits_BV, strict=True)
+        ]
+        yield written
+        staying = [row for row, one in enumerate(written) if one.result is None]
         if len(staying) < len(writers):
             writers = [writers[row] for row in staying]
             kept = torch.tensor(staying, dtype=torch.long, device=ar.device)
@@ -238,12 +264,21 @@ def _write_batch(
             positions_BL = positions_BL[:, -1:] + 1
 
 
-def _add_token(writer: _Writer, logits_V: torch.Tensor, settings: DecodingSettings) -> None:
+def _add_token(
+    ar: Autoregressive, writer: _Writer, logits_V: torch.Tensor, settings: DecodingSettings
+) -> Written:
     if settings.temperature > 0:
         uniforms_V = torch.rand(logits_V.shape, dtype=torch.float64, generator=writer.random)
         allowed_V = nucleus(logits_V, settings.temperature, settings.top_p)
         token = int(gumbel_argmax(allowed_V, uniforms_V, settings.temperature))
     else:
         token = int(logits_V.argmax())
+    log_prob = float(logits_V.log_softmax(-1)[token])
     writer.ids.append(token)
-    writer.log_prob += float(logits_V.log_softmax(-1)[token])
+    writer.log_prob += log_prob
+    text, ids, tokens, reason = visible(ar.vocab, writer.ids, writer.hole.stop, ar.end_ids)
+    result = None
+    if reason == "stop" or len(writer.ids) == writer.hole.length:
+        mean, nfe = writer.log_prob / len(writer.ids), len(writer.ids)
+        result = Generation(text, ids, tokens, reason, nfe, mean)
+    return Written(writer.row, token, math.exp(log_prob), result)

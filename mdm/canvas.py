@@ -12,7 +12,7 @@ import torch
 
 from .config import require
 from .errors import check_known
-from .remasking import REMASKING
+from .remasking import PROBABILITIES, REMASKING
 from .schedule import tokens_due
 
 COMPAT = ("default", "llada")
@@ -27,6 +27,7 @@ class SamplerSettings:
     temperature   of proposals; 0 = greedy
     top_p         proposals come from the likeliest tokens that hold this probability; 1 = all
     remasking     which proposals are kept: low_confidence, random, margin or entropy
+    threshold     keep every proposal at least this sure, one a step if none is; null = by steps
     cfg_scale     s of guidance, logits = (1+s)·conditional - s·unconditional; 0 = off
     suppress_eos  never propose the end token (LLaDA's logits_eos_inf)
     eos_last      keep an end token only when nothing else is left (confidence_eos_eot_inf)
@@ -39,6 +40,7 @@ class SamplerSettings:
     temperature: float = 0.0
     top_p: float = 1.0
     remasking: str = "low_confidence"
+    threshold: float | None = None
     cfg_scale: float = 0.0
     suppress_eos: bool = False
     eos_last: bool = False
@@ -55,10 +57,25 @@ class SamplerSettings:
         require(0 < self.top_p <= 1, f"top_p must be in (0, 1] (1 = all tokens); got {self.top_p}")
         check_known("remasking strategy", self.remasking, REMASKING)
         check_known("compat mode", self.compat, COMPAT)
+        if self.threshold is not None:
+            self._check_threshold(self.threshold)
         require(
             self.top_p == 1 or self.compat != "llada",
             f"the published sampler has no top_p; got {self.top_p} with compat=llada",
         )
+
+    def _check_threshold(self, threshold: float) -> None:
+        require(0 < threshold <= 1, f"threshold must be in (0, 1]; got {threshold}")
+        require(
+            self.steps is None,
+            f"threshold decides how many steps there are; leave steps out (got {self.steps})",
+        )
+        require(
+            self.remasking in PROBABILITIES,
+            f"threshold needs a confidence between 0 and 1: remasking {' or '.join(PROBABILITIES)};"
+            f" got {self.remasking!r}",
+        )
+        require(self.compat != "llada", "the published sampler has no threshold")
 
 
 @dataclasses.dataclass
@@ -117,7 +134,8 @@ class Canvas:
         self.open_L[decided_k] = False
         self.decided_L[decided_k] = self.step
         self.step += 1
-        self.due.pop(0)
+        # A step of a schedule is one step however many it decided; by threshold, one due is one token.
+        del self.due[: 1 if self.settings.threshold is None else len(positions_k)]
         if not self.due:
             self.blocks.pop(0)
             self.enter_block()

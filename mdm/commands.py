@@ -86,6 +86,7 @@ def convert(
 @click.option("--top-p", default=1.0, show_default=True, help="Nucleus of --temperature; 1 = all.")
 @click.option("--remasking", default="low_confidence", show_default=True,
               help="low_confidence, random, margin or entropy.")  # fmt: skip
+@click.option("--threshold", type=float, help="Keep all proposals this sure, instead of --steps.")
 @click.option("--cfg-scale", default=0.0, show_default=True, help="Guidance strength; 0 = off.")
 @click.option("--stop", multiple=True, help="Cut the text at this string; can be repeated.")
 @click.option("--suppress-eos", is_flag=True, help="Never propose the end token.")

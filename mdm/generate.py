@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 
 import torch
 
-from .canvas import Canvas, SamplerSettings
+from .canvas import Canvas, Commit, SamplerSettings
 from .config import require
 from .denoiser import Denoiser
 from .errors import ConfigError
@@ -111,40 +111,71 @@ def fill(
     A row whose text contains a stop string is ended there, without the rest of its steps.
     """
     longest = max((hole.total for hole in holes), default=0)
-    canvases = []
-    for hole in holes:
-        own = settings
-        if hole.after and not settings.suppress_eos:
-            own = dataclasses.replace(settings, suppress_eos=True)
-        padding = longest - hole.total if settings.compat == "llada" else 0
-        before = [denoiser.vocab.start_id] * padding + list(hole.before)  # pad may double as mask
-        ids = [*before, *[denoiser.mask_id] * hole.length, *hole.after]
-        canvases.append(make_canvas(denoiser, ids, own, key=hole.key, padding=padding))
-    opened = [canvas.open_L.nonzero()[:, 0] for canvas in canvases]
+    compat = settings.compat == "llada"
+    fillings = [
+        open_filling(denoiser, hole, settings, padding=longest - hole.total if compat else 0)
+        for hole in holes
+    ]
+    canvases = [filling.canvas for filling in fillings]
     results: list[Generation | None] = [None] * len(holes)
-    sums = [0.0] * len(holes)
-    # Only here is the confidence of a commit the probability of its token.
-    rated = settings.remasking == "low_confidence" and not settings.eos_last
     for step in denoise(denoiser, canvases, batch_size=batch_size):
         if watch is not None:
             watch(step, canvases)
         for commit in step.commits:
-            row = commit.row
-            known_k = commit.confidence_k[commit.tokens_k != denoiser.mask_id].double()
-            sums[row] += float(known_k.clamp(min=1e-300).log().sum())
-            if holes[row].stop and not canvases[row].finished:
-                end_at_stop(denoiser.vocab, canvases[row], opened[row], holes[row].stop)
-            if canvases[row].finished:
-                decided = int((canvases[row].decided_L >= 0).sum())
-                mean = sums[row] / decided if rated and decided else math.nan
-                stop = holes[row].stop
-                found = result(denoiser.vocab, canvases[row], opened[row], stop, mean)
-                results[row] = found
-                if done is not None:
-                    done(row, found)
+            found = fillings[commit.row].follow(denoiser.vocab, commit)
+            results[commit.row] = found
+            if found is not None and done is not None:
+                done(commit.row, found)
     finished = [one for one in results if one is not None]
     assert len(finished) == len(holes), "a hole without an open position"
     return finished
+
+
+@dataclasses.dataclass
+class Filling:
+    """A hole on its way to a text: the canvas, which the sampler moves on, and what came of it.
+
+    opened_n  the positions of the hole in the canvas
+    """
+
+    hole: Hole
+    canvas: Canvas
+    opened_n: torch.Tensor
+    log_confidence: float = 0.0
+
+    def follow(self, vocab: Vocab, commit: Commit) -> Generation | None:
+        """Take note of what a step decided here; the result if that was the last one.
+
+        A row whose text contains a stop string is ended, without the rest of its steps.
+        """
+        canvas, stop = self.canvas, self.hole.stop
+        known_k = commit.confidence_k[commit.tokens_k != canvas.mask_id].double()
+        self.log_confidence += float(known_k.clamp(min=1e-300).log().sum())
+        if stop and not canvas.finished:
+            end_at_stop(vocab, canvas, self.opened_n, stop)
+        if not canvas.finished:
+            return None
+        settings = canvas.settings
+        # Only here is the confidence of a commit the probability of its token.
+        rated = settings.remasking == "low_confidence" and not settings.eos_last
+        decided = int((canvas.decided_L >= 0).sum())
+        mean = self.log_confidence / decided if rated and decided else math.nan
+        return result(vocab, canvas, self.opened_n, stop, mean)
+
+
+def open_filling(
+    denoiser: Denoiser, hole: Hole, settings: SamplerSettings, *, padding: int = 0
+) -> Filling:
+    """The hole as a canvas of masks; the end token is suppressed if text stands after it.
+
+    Raises ConfigError if the hole and the settings do not fit the model or each other.
+    """
+    if hole.after and not settings.suppress_eos:
+        settings = dataclasses.replace(settings, suppress_eos=True)
+    before = [denoiser.vocab.start_id] * padding + list(hole.before)  # pad may double as mask
+    ids = [*before, *[denoiser.mask_id] * hole.length, *hole.after]
+    canvas = make_canvas(denoiser, ids, settings, key=hole.key, padding=padding)
+    return Filling(hole, canvas, canvas.open_L.nonzero()[:, 0])
 
 
 def encode(vocab: Vocab, request: Request, *, key: Key = (0, 0)) -> Hole:

@@ -156,12 +156,40 @@ def log_likelihood(
     A result depends on its pair and the settings alone (up to rounding), not on the other pairs.
     Raises RequestError for a pair that cannot be scored, before any forward.
     """
+    results: list[Likelihood | None] = [None] * len(pairs)
+
+    def keep(index: int, result: Likelihood) -> None:
+        results[index] = result
+        if done is not None:
+            done(index, result)
+
+    for _ in scoring(denoiser, pairs, settings, keep):
+        pass
+    return [result for result in results if result is not None]
+
+
+def scoring(
+    denoiser: Denoiser,
+    pairs: Sequence[Pair],
+    settings: LikelihoodSettings,
+    done: Callable[[int, Likelihood], None],
+) -> Iterator[None]:
+    """`log_likelihood` bit by bit: yields after every forward (for block models: after every pair)."""
     for pair in pairs:
         check_pair(pair, denoiser.max_length, denoiser.mask_id)
     if settings.estimator == ORDER:
         return _by_order(denoiser, pairs, settings, done)
     if denoiser.block_size is not None:
         return _by_blocks(denoiser, pairs, settings, done)
+    return _by_masks(denoiser, pairs, settings, done)
+
+
+def _by_masks(
+    denoiser: Denoiser,
+    pairs: Sequence[Pair],
+    settings: LikelihoodSettings,
+    done: Callable[[int, Likelihood], None],
+) -> Iterator[None]:
     names = [resolve(settings, len(pair.answer)) for pair in pairs]
     plans = [
         _draw(name, len(pair.answer), settings, pair.key)
@@ -169,10 +197,10 @@ def log_likelihood(
     ]
     rows = _rows(denoiser, pairs, plans)
     found: list[list[torch.Tensor]] = [[] for _ in pairs]
-    results: list[Likelihood | None] = [None] * len(pairs)
     for index, log_probs_N in token_log_probs(
         denoiser, rows, cfg_scale=settings.cfg_scale, batch_tokens=settings.batch_tokens
     ):
+        yield
         found[index].append(log_probs_N)
         masks = plans[index]
         if len(found[index]) < len(masks.weight_R):
@@ -188,10 +216,7 @@ def log_likelihood(
             num_tokens=len(pairs[index].answer),
             is_bound=len(pairs[index].answer) > 1,
         )
-        results[index] = result
-        if done is not None:
-            done(index, result)
-    return [result for result in results if result is not None]
+        done(index, result)
 
 
 def resolve(settings: LikelihoodSettings, length: int) -> str:
@@ -229,14 +254,13 @@ def _by_blocks(
     denoiser: Denoiser,
     pairs: Sequence[Pair],
     settings: LikelihoodSettings,
-    done: Callable[[int, Likelihood], None] | None,
-) -> list[Likelihood]:
+    done: Callable[[int, Likelihood], None],
+) -> Iterator[None]:
     if settings.cfg_scale > 0:
         raise RequestError(
             f"guidance (cfg_scale = {settings.cfg_scale}) has no meaning for the likelihood of a"
             " block diffusion model yet; set cfg_scale to 0"
         )
-    results = []
     for index, pair in enumerate(pairs):
         grid = blocks.answer_blocks(len(pair.prompt), len(pair.answer), denoiser.block_size)
         names = [resolve(settings, block.stop - block.start) for block in grid]
@@ -252,39 +276,32 @@ def _by_blocks(
             for name, plan, log_probs_RA in zip(names, plans, log_probs, strict=True)
         ]
         values = [plan.value(lp_RA) for plan, lp_RA in zip(plans, log_probs, strict=True)]
-        results.append(
-            Likelihood(
-                value=math.fsum(values),
-                std_err=math.sqrt(math.fsum(error**2 for error in errors)),
-                nfe=max(len(plan.weight_R) for plan in plans),
-                estimator=next((name for name in names if name != "exact"), "exact"),
-                num_tokens=len(pair.answer),
-                is_bound=any(block.stop - block.start > 1 for block in grid),
-            )
+        result = Likelihood(
+            value=math.fsum(values),
+            std_err=math.sqrt(math.fsum(error**2 for error in errors)),
+            nfe=max(len(plan.weight_R) for plan in plans),
+            estimator=next((name for name in names if name != "exact"), "exact"),
+            num_tokens=len(pair.answer),
+            is_bound=any(block.stop - block.start > 1 for block in grid),
         )
-        if done is not None:
-            done(index, results[-1])
-    return results
+        done(index, result)
+        yield
 
 
 def _by_order(
     denoiser: Denoiser,
     pairs: Sequence[Pair],
     settings: LikelihoodSettings,
-    done: Callable[[int, Likelihood], None] | None,
-) -> list[Likelihood]:
+    done: Callable[[int, Likelihood], None],
+) -> Iterator[None]:
     if denoiser.block_size is not None:
         raise RequestError("estimator order needs a full-canvas model; this one has blocks")
-    results: list[Likelihood | None] = [None] * len(pairs)
 
     def keep(index: int, value: float, nfe: int, greedy: bool) -> None:
         length = len(pairs[index].answer)
-        result = Likelihood(value, 0.0, nfe, ORDER, length, is_bound=False, greedy=greedy)
-        results[index] = result
-        if done is not None:
-            done(index, result)
+        done(index, Likelihood(value, 0.0, nfe, ORDER, length, is_bound=False, greedy=greedy))
 
-    order.decoding_order_scores(
+    return order.decoding_order_steps(
         denoiser,
         [(pair.prompt, pair.answer) for pair in pairs],
         rule=settings.remasking,
@@ -293,7 +310,6 @@ def _by_order(
         batch_tokens=settings.batch_tokens,
         done=keep,
     )
-    return [result for result in results if result is not None]
 
 
 # --- rolling: a whole text -------------------------------------------------------------------------

@@ -68,7 +68,6 @@ def published_commits(
     confidence_BL = confidence_BL.masked_fill(~masked_BL, float("-inf"))
     commits = []
     for i, (number, row) in enumerate(canvases.items()):
-        row.nfe += 2 if settings.cfg_scale > 0 else 1
         confidence_L = confidence_BL[i].clone()
         confidence_L[row.blocks[0].stop :] = float("-inf")  # only the future is excluded
         top_k = confidence_L.topk(row.due[0]).indices

@@ -9,7 +9,7 @@ Shapes: n open positions, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -44,7 +44,7 @@ class _Walk:
         self.open_L = ~self.given_L
 
 
-def decoding_order_scores(
+def decoding_order_steps(
     denoiser: Denoiser,
     pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
     *,
@@ -52,12 +52,12 @@ def decoding_order_scores(
     block_length: int | None = None,
     cfg_scale: float = 0.0,
     batch_tokens: int = 4096,
-    done: Callable[[int, float, int, bool], None] | None = None,
-) -> list[tuple[float, int, bool]]:
-    """(log p in nats, forwards, greedy) of each (prompt, answer); one forward a token.
+    done: Callable[[int, float, int, bool], None],
+) -> Iterator[None]:
+    """`done(i, log p in nats, forwards, greedy)` for each (prompt, answer); one forward a token.
 
-    `rule` (low_confidence, margin, entropy) rates positions by their greedy proposal; ties go to
-    the left. `greedy`: every token was the likeliest when its position came up.
+    Yields after every forward. `rule` (low_confidence, margin, entropy) rates positions by their
+    greedy proposal; ties go to the left. `greedy`: every token was the likeliest when its position came up.
     """
     walks = []
     for index, (prompt, answer) in enumerate(pairs):
@@ -67,7 +67,6 @@ def decoding_order_scores(
         blocks = [grid.block(i) for i in range(grid.num_blocks)]
         masked_L = ids_L.masked_fill(~given_L, denoiser.mask_id)
         walks.append(_Walk(index, masked_L, ids_L, given_L, blocks))
-    results: list[tuple[float, int, bool]] = [(0.0, 0, True)] * len(walks)
     passes = 2 if cfg_scale > 0 else 1
     for batch in by_length([len(walk.ids_L) for walk in walks], batch_tokens // passes):
         active = [walks[index] for index in batch]
@@ -75,10 +74,8 @@ def decoding_order_scores(
             _step(denoiser, active, rule, cfg_scale)
             for walk in [walk for walk in active if not walk.blocks]:
                 active.remove(walk)
-                results[walk.index] = (walk.value, walk.steps * passes, walk.greedy)
-                if done is not None:
-                    done(walk.index, *results[walk.index])
-    return results
+                done(walk.index, walk.value, walk.steps * passes, walk.greedy)
+            yield
 
 
 @torch.no_grad()

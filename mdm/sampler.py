@@ -21,7 +21,7 @@ from .diffusion import generator
 from .errors import ConfigError
 from .grid import BlockGrid
 from .llada import published_commits
-from .remasking import REMASKING, keep_highest
+from .remasking import REMASKING, keep_above, keep_highest
 
 Key = tuple[int | str, ...]
 
@@ -106,25 +106,48 @@ def denoise(
     while any(not canvas.finished for canvas in canvases):
         unfinished = ((row, canvas) for row, canvas in enumerate(canvases) if not canvas.finished)
         active = dict(itertools.islice(unfinished, batch_size))
-        yield DenoisingStep(step, STEPS[canvases[0].settings.compat](denoiser, active))
+        yield DenoisingStep(step, take_step(denoiser, active))
         step += 1
+
+
+def take_step(denoiser: Denoiser, canvases: dict[int, Canvas]) -> tuple[Commit, ...]:
+    """One forward pass for these unfinished canvases (of one compat mode), whatever they were in before.
+
+    What comes of a canvas does not depend on the others. If it raises (out of memory, say), the
+    canvases are as they were, random numbers included, so that the step can be tried again.
+    """
+    first = next(iter(canvases.values()))
+    random_states = [canvas.random.get_state() for canvas in canvases.values()]
+    try:
+        commits = STEPS[first.settings.compat](denoiser, canvases)
+    except BaseException:
+        for canvas, state in zip(canvases.values(), random_states, strict=True):
+            canvas.random.set_state(state)
+        raise
+    for commit in commits:
+        canvas = canvases[commit.row]
+        canvas.nfe += 2 if canvas.settings.cfg_scale > 0 else 1
+        canvas.commit(commit.positions_k, commit.tokens_k)
+        ends = canvas.settings.stop_at_eos and canvas.settings.compat == "default"
+        if ends and reached_end(canvas, denoiser.vocab.eos_id):
+            canvas.end(denoiser.vocab.eos_id)
+    return commits
 
 
 @torch.no_grad()
 def denoise_step(denoiser: Denoiser, canvases: dict[int, Canvas]) -> tuple[Commit, ...]:
-    """One forward pass for the current block of every canvas; commits tokens in place."""
+    """What one forward pass decides in the current block of every canvas; they are left as they are."""
     logits = block_logits(denoiser, list(canvases.values()))
     commits = []
     for (row, canvas), logits_nV in zip(canvases.items(), logits, strict=True):
         block = canvas.blocks[0]
         open_n = canvas.open_L[block].nonzero()[:, 0] + block.start
         proposals_n, confidence_n = propose(logits_nV, canvas, denoiser.vocab.eos_id)
-        kept_k = keep_highest(confidence_n, canvas.due[0])
-        commit = Commit(row, open_n[kept_k], proposals_n[kept_k], confidence_n[kept_k])
-        canvas.commit(commit.positions_k, commit.tokens_k)
-        if canvas.settings.stop_at_eos and reached_end(canvas, denoiser.vocab.eos_id):
-            canvas.end(denoiser.vocab.eos_id)
-        commits.append(commit)
+        if canvas.settings.threshold is None:
+            kept_k = keep_highest(confidence_n, canvas.due[0])
+        else:
+            kept_k = keep_above(confidence_n, canvas.settings.threshold)
+        commits.append(Commit(row, open_n[kept_k], proposals_n[kept_k], confidence_n[kept_k]))
     return tuple(commits)
 
 
@@ -153,9 +176,7 @@ def block_logits(denoiser: Denoiser, canvases: Sequence[Canvas]) -> list[torch.T
     parts = list(logits_NV.split(wanted_BL.sum(1).tolist()))
     unconditional = dict(zip(map(id, guided), parts[len(canvases) :], strict=True))
     for i, canvas in enumerate(canvases):
-        canvas.nfe += 1
         if id(canvas) in unconditional:
-            canvas.nfe += 1
             parts[i] = guide(parts[i], unconditional[id(canvas)], canvas.settings.cfg_scale)
     return parts[: len(canvases)]
 
@@ -228,12 +249,10 @@ def reached_end(canvas: Canvas, eos_id: int) -> bool:
 
 @torch.no_grad()
 def published_step(denoiser: Denoiser, canvases: dict[int, Canvas]) -> tuple[Commit, ...]:
-    """One step of the published LLaDA sampler; commits tokens in place."""
-    commits = tuple(published_commits(denoiser, canvases))
-    for commit in commits:
-        canvases[commit.row].commit(commit.positions_k, commit.tokens_k)
-    return commits
+    """What one step of the published LLaDA sampler decides."""
+    return tuple(published_commits(denoiser, canvases))
 
 
+# How a step decides: it reads the canvases (and draws from their random numbers), take_step commits.
 Step = Callable[[Denoiser, dict[int, Canvas]], tuple[Commit, ...]]
 STEPS: dict[str, Step] = {"default": denoise_step, "llada": published_step}

@@ -423,13 +423,15 @@ def slow_low_confidence_greedy(
     blocks: Sequence[Sequence[int]],
     counts: Sequence[Sequence[int]],
     forbidden: Iterable[int] = (),
+    threshold: float | None = None,
 ) -> tuple[list[int], list[list[int]]]:
     """Canvas and, step by step, the positions committed (most confident first).
 
     `logits_fn(canvas) -> (L, V)` for one row; `blocks` are lists of positions decoded one after
     the other; `counts[b][s]` is the number due at step s of block b. Temperature 0; forbidden ids
     are removed *before* the softmax; float32; ties go to the lowest token and position. A step
-    with nothing left to do in its block costs no forward and leaves no entry.
+    with nothing left to do in its block costs no forward and leaves no entry. With `threshold` a
+    step also decides every other position at least that sure.
     """
     canvas = [int(token) for token in canvas_L]
     still_open = set(open_positions)
@@ -447,7 +449,8 @@ def slow_low_confidence_greedy(
                 probs = logits_LV[i].softmax(dim=-1).tolist()
                 token = probs.index(max(probs))
                 ranked.append((-probs[token], i, token))
-            chosen = sorted(ranked)[:count]
+            sure = [entry for entry in sorted(ranked) if threshold and -entry[0] >= threshold]
+            chosen = max(sorted(ranked)[:count], sure, key=len)
             for _, i, token in chosen:
                 canvas[i] = token
                 still_open.remove(i)

@@ -35,6 +35,11 @@ def canvas(holes, *, blocks, steps_per_block, compat="default"):
         ({"cfg_scale": float("nan")}, "cfg_scale must be >= 0"),
         ({"cfg_scale": float("inf")}, "cfg_scale must be >= 0"),
         ({"remasking": "low_conf"}, "unknown remasking strategy 'low_conf'; did you mean 'low_c"),
+        ({"threshold": 0.0}, r"threshold must be in \(0, 1\]; got 0.0"),
+        ({"threshold": 1.5}, r"threshold must be in \(0, 1\]; got 1.5"),
+        ({"threshold": 0.9, "steps": 8}, r"leave steps out \(got 8\)"),
+        ({"threshold": 0.9, "remasking": "entropy"}, "low_confidence or margin; got 'entropy'"),
+        ({"threshold": 0.9, "compat": "llada"}, "the published sampler has no threshold"),
         ({"compat": "lada"}, "unknown compat mode 'lada'; did you mean 'llada'"),
     ],
 )

@@ -13,10 +13,26 @@ from students import ScriptedStudent, random_student, slow_log_probs
 
 from mdm.canvas import SamplerSettings
 from mdm.errors import ConfigError
-from mdm.order import RULES, decoding_order_scores
+from mdm.order import RULES, decoding_order_steps
 from mdm.sampler import denoise, make_canvas
 
 START, MASK = 12, 15
+
+
+def decoding_order_scores(denoiser, pairs, *, done=None, **settings):
+    """Drain the steps: (log p, forwards, greedy) of each pair."""
+    found = {}
+
+    def keep(index, *values):
+        found[index] = values
+        if done is not None:
+            done(index, *values)
+
+    for _ in decoding_order_steps(denoiser, pairs, done=keep, **settings):
+        pass
+    return [found[index] for index in range(len(pairs))]
+
+
 PAIRS = [
     ([START, 3, 1], [5, 2, 7, 7, 0]),
     ([START], [4]),

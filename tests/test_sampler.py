@@ -22,6 +22,7 @@ from mdm.sampler import (
     nucleus,
     propose,
     reached_end,
+    take_step,
 )
 
 START, END, MASK, V = 12, 13, 15, 16
@@ -123,6 +124,81 @@ def test_equals_slow_greedy_low_confidence(name, family, shift, scale):
         # T7: no forward without a commit; guidance is a second row of the same forward.
         assert canvas.nfe == len(order) * (2 if scale else 1)
         assert [step.step for step in done] == list(range(len(order)))
+
+
+@pytest.mark.parametrize("threshold", [0.1, 0.2, 0.5, 1.0])
+@pytest.mark.parametrize("scale", [0.0, 0.7])
+def test_equals_slow_greedy_by_threshold(threshold, scale):
+    denoiser = random_student(shift=True)
+    at_once = set()
+    for name, block_length in itertools.product(HOLES, [None, 4, 3]):
+        ids = HOLES[name]
+        holes = [i for i, token in enumerate(ids) if token == MASK]
+        given = [i for i in range(len(ids)) if i not in holes]
+        size = block_length or len(ids)
+        blocks = [
+            [i for i in holes if first <= i < first + size]
+            for first in range(holes[0], holes[-1] + 1, size)
+        ]
+        blocks = [block for block in blocks if block]
+        expected, order = oracles.slow_low_confidence_greedy(
+            raw_logits(denoiser, given, scale),
+            ids,
+            holes,
+            blocks,
+            [[1] * len(block) for block in blocks],
+            forbidden=[MASK],
+            threshold=threshold,
+        )
+        settings = replace(FULL, threshold=threshold, block_length=block_length, cfg_scale=scale)
+        canvas = make_canvas(denoiser, ids, settings)
+        (row,), done = run(denoiser, [canvas])
+        assert row == expected
+        assert [step.commits[0].positions_k.tolist() for step in done] == order
+        assert canvas.nfe == len(order) * (2 if scale else 1)
+        at_once |= {len(positions) for positions in order}
+    assert len(at_once) > 1 or threshold > 0.1
+
+
+@pytest.mark.parametrize("failing", ["forward", "proposals"])
+def test_a_step_that_fails_changes_nothing(failing, monkeypatch):
+    denoiser = random_student()
+    settings = [
+        replace(FULL, temperature=1.0, cfg_scale=scale, remasking=remasking)
+        for scale, remasking in ((0.0, "random"), (1.0, "low_confidence"), (0.0, "margin"))
+    ]
+
+    def canvases():
+        holes = [HOLES["continue"]] * 3
+        return [
+            make_canvas(denoiser, ids, own, key=(3, i))
+            for i, (ids, own) in enumerate(zip(holes, settings, strict=True))
+        ]
+
+    expected, _ = run(denoiser, canvases())
+    rows = canvases()
+    calls = itertools.count()
+
+    def breaking(real):
+        def call(*arguments, **more):
+            if next(calls) == (1 if failing == "forward" else 2):  # the last row's proposals
+                raise MemoryError
+            return real(*arguments, **more)
+
+        return call
+
+    if failing == "forward":
+        monkeypatch.setattr(denoiser, "forward", breaking(denoiser.forward))
+        take_step(denoiser, dict(enumerate(rows)))
+    else:
+        monkeypatch.setattr("mdm.sampler.propose", breaking(propose))
+    before = [(row.ids_L.tolist(), row.nfe, row.step, list(row.due)) for row in rows]
+    with pytest.raises(MemoryError):
+        take_step(denoiser, dict(enumerate(rows)))
+    assert [(row.ids_L.tolist(), row.nfe, row.step, list(row.due)) for row in rows] == before
+    for _ in denoise(denoiser, rows):
+        pass
+    assert [row.ids_L.tolist() for row in rows] == expected
 
 
 def test_one_block_of_everything_is_plain_diffusion():
