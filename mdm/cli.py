@@ -17,6 +17,7 @@ COMMANDS = {
     "generate": "mdm.commands:generate",
     "score": "mdm.score_command:score",
     "eval": "mdm.eval.command:evaluate",
+    "serve": "mdm.serve.command:serve",
     "data": "mdm.train.data_command:data",
     "bench": "mdm.benchmarks.command:bench",
     "demo": "mdm.benchmarks.command:demo",
@@ -54,6 +55,7 @@ def mdm() -> None:
     mdm generate --prefix A --suffix B --span 12      fill what stands between
     mdm score "def f(x):" "  return x"                 how likely the second text is after the first
     mdm eval --tasks humaneval --limit 20             a benchmark, with standard errors
+    mdm serve --teacher embedded                      HTTP, OpenAI's endpoints, a page
     mdm convert MODEL --output DIR                    an AR checkpoint as initial student
 
     Commands that take --model use the last finished run in runs/ if it is left out.

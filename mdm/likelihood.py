@@ -197,26 +197,27 @@ def _by_masks(
     ]
     rows = _rows(denoiser, pairs, plans)
     found: list[list[torch.Tensor]] = [[] for _ in pairs]
-    for index, log_probs_N in token_log_probs(
+    for batch in token_log_probs(
         denoiser, rows, cfg_scale=settings.cfg_scale, batch_tokens=settings.batch_tokens
     ):
+        for index, log_probs_N in batch:
+            found[index].append(log_probs_N)
+            masks = plans[index]
+            if len(found[index]) < len(masks.weight_R):
+                continue
+            log_probs_RA = torch.zeros(masks.masked_RL.shape, dtype=torch.float64)
+            log_probs_RA[masks.masked_RL] = torch.cat(found[index]).double()
+            found[index] = []
+            result = Likelihood(
+                value=masks.value(log_probs_RA),
+                std_err=ESTIMATORS[names[index]].std_err(masks, log_probs_RA),
+                nfe=len(masks.weight_R) * (2 if settings.cfg_scale > 0 else 1),
+                estimator=names[index],
+                num_tokens=len(pairs[index].answer),
+                is_bound=len(pairs[index].answer) > 1,
+            )
+            done(index, result)
         yield
-        found[index].append(log_probs_N)
-        masks = plans[index]
-        if len(found[index]) < len(masks.weight_R):
-            continue
-        log_probs_RA = torch.zeros(masks.masked_RL.shape, dtype=torch.float64)
-        log_probs_RA[masks.masked_RL] = torch.cat(found[index]).double()
-        found[index] = []
-        result = Likelihood(
-            value=masks.value(log_probs_RA),
-            std_err=ESTIMATORS[names[index]].std_err(masks, log_probs_RA),
-            nfe=len(masks.weight_R) * (2 if settings.cfg_scale > 0 else 1),
-            estimator=names[index],
-            num_tokens=len(pairs[index].answer),
-            is_bound=len(pairs[index].answer) > 1,
-        )
-        done(index, result)
 
 
 def resolve(settings: LikelihoodSettings, length: int) -> str:

@@ -33,10 +33,11 @@ class Row:
 @torch.no_grad()
 def token_log_probs(
     denoiser: Denoiser, rows: Iterable[Row], *, cfg_scale: float = 0.0, batch_tokens: int = 4096
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """(index, (N,) log p of the masked tokens, float32 on the CPU) of each row, in order.
+) -> Iterator[list[tuple[int, torch.Tensor]]]:
+    """(index, (N,) log p of the masked tokens, float32 on the CPU) of the rows, in order.
 
-    A batch holds as many rows as fit into `batch_tokens`, padding included; at least one.
+    One list a forward. A batch holds as many rows as fit into `batch_tokens`, padding included; at
+    least one.
     """
     for batch in batches(rows, batch_tokens // (2 if cfg_scale > 0 else 1)):
         xt_BL, document_ids_BL, masked_BL, targets_N = collate(denoiser, batch)
@@ -55,8 +56,8 @@ def token_log_probs(
             chosen_n = logits_nV.gather(1, targets_N[chunk, None])[:, 0]
             parts.append((chosen_n - logits_nV.logsumexp(-1)).cpu())
         counts = [int(row.masked_L.sum()) for row in batch]
-        for row, log_probs_N in zip(batch, torch.cat(parts).split(counts), strict=True):
-            yield row.index, log_probs_N
+        log_probs = torch.cat(parts).split(counts)
+        yield [(row.index, log_probs_N) for row, log_probs_N in zip(batch, log_probs, strict=True)]
 
 
 def batches(rows: Iterable[Row], batch_tokens: int) -> Iterator[list[Row]]:

@@ -9,9 +9,15 @@ import pytest
 import torch
 from students import random_student, slow_log_probs
 
-from mdm.scoring import Row, batches, collate, token_log_probs
+from mdm import scoring
+from mdm.scoring import Row, batches, collate
 
 START, PAD, MASK = 12, 14, 15
+
+
+def token_log_probs(*arguments, **options):
+    """Row by row, whatever the forwards."""
+    return itertools.chain.from_iterable(scoring.token_log_probs(*arguments, **options))
 
 
 def row(index, length, masked, given=2):

@@ -1,0 +1,124 @@
+"""The FastAPI app: endpoints, the page, errors in one shape."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import logging
+from collections.abc import AsyncIterator, Collection
+from pathlib import Path
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.staticfiles import StaticFiles
+
+from mdm.errors import MdmError
+
+from . import native, openai
+from .errors import INVALID, SERVER, ServeError, as_serve_error, error_body, invalid
+from .guards import App, Guards
+from .service import Service
+
+log = logging.getLogger("mdm.serve")
+WEB = Path(__file__).parent / "web"
+
+DESCRIPTION = """Masked diffusion language models of code: fill holes, continue prompts, score texts;
+the autoregressive teacher beside the student. Errors have OpenAI's shape on every endpoint."""
+
+
+def make_app(
+    service: Service,
+    *,
+    keys: Collection[str] = (),
+    hosts: Collection[str] | None = None,
+    origins: Collection[str] = (),
+    drain_s: float = 30.0,
+) -> App:
+    """The whole server as an ASGI app.
+
+    keys     API keys; none = no key is asked for
+    hosts    names it may be called by; None = any
+    origins  web origins whose pages may call it (CORS); none = its own page only
+    drain_s  seconds that requests in work get when it shuts down
+    """
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.engine.start()
+        try:
+            yield
+        finally:
+            service.engine.stop(drain_s)
+
+    app = FastAPI(
+        title="mdm",
+        version=importlib.metadata.version("mdm-code"),
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        docs_url=None,  # they load scripts from elsewhere; /docs is a page of our own
+        redoc_url=None,
+    )
+    app.state.service = service
+    app.include_router(native.router)
+    app.include_router(openai.router)
+    app.mount("/web", StaticFiles(directory=WEB), name="web")
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(WEB / "index.html")
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> FileResponse:
+        return FileResponse(WEB / "docs.html")
+
+    app.add_exception_handler(MdmError, _mdm_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _any_error)
+    if origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type"],
+        )
+    return Guards(app, keys=keys, hosts=hosts, max_bytes=service.limits.max_body_bytes)
+
+
+def _answer(error: ServeError) -> JSONResponse:
+    headers = {} if error.retry_after is None else {"retry-after": str(error.retry_after)}
+    return JSONResponse(error_body(error), status_code=error.status, headers=headers)
+
+
+async def _mdm_error(_: Request, error: Exception) -> JSONResponse:
+    return _answer(as_serve_error(error))
+
+
+async def _validation_error(_: Request, error: Exception) -> JSONResponse:
+    """The first thing that is wrong, with the name of its field. The value is not repeated."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"] if part != "body"]
+    param = ".".join(place) or None
+    if first["type"] == "json_invalid":
+        return _answer(invalid("the body is not valid JSON", code="invalid_json"))
+    return _answer(invalid(f"{param or 'the body'}: {first['msg']}", param=param))
+
+
+async def _http_error(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    kind = INVALID if error.status_code < 500 else SERVER
+    text = f"{error.detail}; see /docs" if error.status_code in (404, 405) else str(error.detail)
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
+    answer = _answer(ServeError(text, status=error.status_code, kind=kind, code=code))
+    for name, value in (error.headers or {}).items():
+        answer.headers[name] = value
+    return answer
+
+
+async def _any_error(_: Request, error: Exception) -> JSONResponse:
+    log.exception("a request failed", exc_info=error)
+    return _answer(as_serve_error(error))

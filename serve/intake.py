@@ -1,0 +1,376 @@
+"""From a request to a job: text becomes tokens, settings are checked, memory is predicted.
+
+All that can be wrong with a request is found here, before it waits and before memory is taken.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from collections.abc import Iterator, Sequence
+
+from mdm import autoregressive, fim, likelihood
+from mdm.autoregressive import Autoregressive, DecodingSettings
+from mdm.canvas import SamplerSettings
+from mdm.denoiser import CHUNK_BYTES, Denoiser
+from mdm.errors import MdmError
+from mdm.generate import Hole, Request, encode, open_filling
+from mdm.likelihood import Likelihood, LikelihoodSettings, Pair
+from mdm.sampler import Key
+
+from .errors import as_serve_error, invalid, too_large
+from .jobs import Committed, FillUnit, Job, RowDone, Scored, StepsUnit, Unit
+from .limits import Limits
+from .memory import MIB
+from .models import Served
+from .schemas import DIFFUSION_ONLY, GenerateRequest, Sampling, ScoreRequest, Text
+from .telemetry import Telemetry
+
+# A token of code is rarely longer; a text longer than this many times the context cannot fit.
+LONGEST_TOKEN = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a request to generate came down to.
+
+    holes      one a text
+    left_only  the model will not see what stands after the hole
+    predicted  bytes of the largest forward of one text, and of its caches
+    """
+
+    served: Served
+    holes: list[Hole]
+    units: list[Unit]
+    seed: int
+    prompt_tokens: int
+    left_only: bool
+    predicted: int
+
+
+def new_seed() -> int:
+    """A seed for a request that names none; small enough for every JSON reader."""
+    return secrets.randbelow(2**31)
+
+
+def stop_strings(stop: str | list[str]) -> tuple[str, ...]:
+    return (stop,) if isinstance(stop, str) else tuple(stop)
+
+
+# --- text to holes ---------------------------------------------------------------------------------
+
+
+def hole_of(served: Served, text: Text, *, left_only: bool = False) -> Hole:
+    """The hole of a request, without a key. Raises ServeError naming the field at fault.
+
+    `left_only`: what stands after the hole is left out if the model cannot see it.
+    """
+    _check_fields(text)
+    for name in ("prompt", "prefix", "suffix"):
+        check_size(served, getattr(text, name) or "", name)
+    stop = stop_strings(text.stop)
+    if text.prompt is not None:
+        request = Request(text.prompt, None, text.gen_length, text.chat, stop)
+    else:
+        assert text.span is not None
+        suffix = text.suffix or ""
+        if suffix and not served.fills_holes:
+            if not left_only:
+                raise invalid(
+                    f"model {served.name!r} sees the left side only: it was not trained to fill in"
+                    " the middle; leave suffix out, or ask the student",
+                    param="suffix",
+                )
+            suffix = ""
+        request = Request(text.prefix or "", suffix, text.span, False, stop)
+    return tokens_of(served, request)
+
+
+def tokens_of(served: Served, request: Request) -> Hole:
+    """A request as tokens for this model."""
+    vocab = served.encoder
+    if served.is_student:
+        return encode(vocab, request)
+    if request.chat:
+        before = vocab.encode_chat([{"role": "user", "content": request.prefix}])
+    else:
+        before = [*served.opening, *vocab.encode(request.prefix)] or [vocab.start_id]
+    after = vocab.encode(request.suffix) if request.suffix else []
+    hole = Hole(tuple(before), request.length, tuple(after), request.stop)
+    marks = fim.marks(vocab)
+    return fim.as_continuation(hole, vocab, marks) if after and marks else hole
+
+
+def _check_fields(text: Text) -> None:
+    """Raise ServeError unless the fields are those of a prompt or those of a hole."""
+    hole_fields = [name for name in ("prefix", "suffix", "span") if getattr(text, name) is not None]
+    if text.prompt is not None and hole_fields:
+        raise invalid(
+            f"give either prompt or prefix, suffix and span; got prompt and {hole_fields[0]}",
+            param=hole_fields[0],
+        )
+    if text.prompt is None and not hole_fields:
+        raise invalid(
+            "give a prompt to continue, or prefix, suffix and span to fill", param="prompt"
+        )
+    if text.prompt is None and text.span is None:
+        raise invalid(
+            "span is missing: the number of tokens between prefix and suffix", param="span"
+        )
+    if text.prompt is None and text.chat:
+        raise invalid("chat needs a prompt; it does not go with prefix and suffix", param="chat")
+    if text.prompt is None and "gen_length" in text.model_fields_set:
+        raise invalid(
+            "gen_length goes with prompt; the length of a hole is span", param="gen_length"
+        )
+
+
+def check_size(served: Served, text: str, param: str) -> None:
+    """Refuse, before it is tokenised, a text that cannot fit; and one that is not Unicode."""
+    limit = LONGEST_TOKEN * served.max_length
+    if len(text) > limit:
+        raise too_large(
+            f"{param} has {len(text)} characters, but the context of {served.name!r} holds"
+            f" {served.max_length} tokens; shorten it",
+            param=param,
+            code="context_length_exceeded",
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise invalid(f"{param} is not valid Unicode: {error.reason}", param=param) from error
+
+
+# --- holes to units --------------------------------------------------------------------------------
+
+
+def plan(
+    served: Served,
+    hole: Hole,
+    settings: SamplerSettings,
+    limits: Limits,
+    workspace: int,
+    *,
+    n: int,
+    seed: int | None,
+    telemetry: Telemetry,
+    left_only: bool = False,
+) -> Plan:
+    """Units for `n` texts of one hole. Raises ServeError if the model or the memory cannot take them."""
+    if n > limits.max_n:
+        raise too_large(f"n is {n}, but this server writes at most {limits.max_n} texts", param="n")
+    check_total(served, hole)
+    seed = new_seed() if seed is None else seed
+    keys: list[Key] = [(seed, row) for row in range(n)]
+    holes = [dataclasses.replace(hole, key=key) for key in keys]
+    units: list[Unit] = []
+    try:
+        if isinstance(served.model, Denoiser):
+            units += [
+                fill_unit(served, served.model, row, own, settings) for row, own in enumerate(holes)
+            ]
+        else:
+            decoding = DecodingSettings(settings.temperature, settings.top_p)
+            units.append(write_unit(served, served.model, holes, decoding, telemetry))
+    except MdmError as error:
+        raise as_serve_error(error) from error
+    needed = max(unit.step_bytes + unit.held_bytes for unit in units)
+    check_memory(served, hole, needed, workspace)
+    return Plan(served, holes, units, seed, len(hole.before) + len(hole.after), left_only, needed)
+
+
+def check_total(served: Served, hole: Hole) -> None:
+    """Raise ServeError if prompt and new tokens are longer than the context."""
+    if hole.total > served.max_length:
+        raise invalid(
+            f"prompt ({len(hole.before) + len(hole.after)} tokens) and {hole.length} new tokens are"
+            f" {hole.total}, but {served.name!r} was built for at most {served.max_length};"
+            " shorten the prompt or ask for fewer tokens",
+            code="context_length_exceeded",
+        )
+
+
+def check_memory(served: Served, hole: Hole, needed: int, workspace: int) -> None:
+    """Raise ServeError if the request could not be worked on even alone."""
+    if needed > workspace:
+        raise too_large(
+            f"a canvas of {hole.total} tokens with {hole.length} new ones needs about"
+            f" {needed // MIB} MiB beside the weights of {served.name!r}, but this server may take"
+            f" {workspace // MIB} MiB; ask for fewer tokens, a smaller block_length or n, or start it"
+            " with a larger --workspace-mib",
+            code="memory_limit",
+        )
+
+
+def fill_unit(
+    served: Served, denoiser: Denoiser, row: int, hole: Hole, settings: SamplerSettings
+) -> FillUnit:
+    """One row of the student. Raises ConfigError if the settings do not fit."""
+    filling = open_filling(denoiser, hole, settings)
+    rows = 2 if settings.cfg_scale > 0 else 1
+    outputs = min(hole.length, settings.block_length or hole.length)
+    sizes = served.footprint
+    step_bytes = (
+        sizes.forward_bytes(rows, hole.total)
+        + sizes.logits_bytes(rows * outputs)
+        + sizes.proposal_bytes(
+            outputs, sampled=settings.temperature > 0, nucleus=settings.top_p < 1
+        )
+    )
+    return FillUnit(
+        row=row,
+        filling=filling,
+        start=len(hole.before),
+        length=hole.total,
+        rows=rows,
+        outputs=outputs,
+        step_bytes=step_bytes,
+    )
+
+
+def write_unit(
+    served: Served,
+    teacher: Autoregressive,
+    holes: Sequence[Hole],
+    settings: DecodingSettings,
+    telemetry: Telemetry,
+) -> StepsUnit:
+    """All rows of one request, written by the teacher in a batch of their own."""
+    for hole in holes:
+        autoregressive.check_hole(teacher, hole)
+
+    def advance(job: Job) -> Iterator[None]:
+        for forward, written in enumerate(autoregressive.writing(teacher, holes, settings)):
+            kind = "decode" if forward else "prefill"
+            for token in written:
+                computed = 1 if forward else len(holes[token.row].before)
+                job.usage.note(kind, 1, computed)
+                telemetry.count_forwards(served.name, kind, 1, computed)
+                position, confidence = (forward,), (token.confidence,)
+                job.listener(
+                    Committed(token.row, forward, job.age, position, (token.token,), confidence)
+                )
+                if token.result is not None:
+                    job.listener(RowDone(token.row, token.result))
+            yield
+
+    sizes, rows, longest = served.footprint, len(holes), max(hole.total for hole in holes)
+    prompt = max(len(hole.before) for hole in holes)
+    return StepsUnit(
+        advance,
+        step_bytes=sizes.forward_bytes(rows, prompt)
+        + sizes.logits_bytes(rows)
+        + sizes.proposal_bytes(1, sampled=settings.temperature > 0, nucleus=settings.top_p < 1),
+        held_bytes=sizes.cache_bytes(rows, longest),
+    )
+
+
+# --- requests --------------------------------------------------------------------------------------
+
+
+def plan_request(
+    served: Served,
+    request: GenerateRequest,
+    limits: Limits,
+    workspace: int,
+    telemetry: Telemetry,
+) -> Plan:
+    """The plan of `POST /generate`."""
+    refuse_diffusion_fields(served, request)
+    return plan(
+        served,
+        hole_of(served, request),
+        sampler_of(request),
+        limits,
+        workspace,
+        n=request.n,
+        seed=request.seed,
+        telemetry=telemetry,
+    )
+
+
+def sampler_of(request: Sampling) -> SamplerSettings:
+    """The sampler's settings of a request. Raises ServeError."""
+    try:
+        return request.sampler()
+    except MdmError as error:
+        raise as_serve_error(error) from error
+
+
+def refuse_diffusion_fields(served: Served, request: Sampling) -> None:
+    """Raise ServeError for a field that means nothing to an autoregressive model."""
+    if served.is_student:
+        return
+    for name in DIFFUSION_ONLY:
+        if name in request.model_fields_set:
+            raise invalid(
+                f"{name} is a setting of diffusion; {served.name!r} is autoregressive: leave it out",
+                param=name,
+            )
+
+
+def pairs_of(served: Served, request: ScoreRequest, limits: Limits) -> list[Pair]:
+    """What `POST /score` asks about: one pair, or the windows of a text."""
+    if request.mc_samples > limits.max_samples:
+        raise too_large(
+            f"mc_samples is {request.mc_samples}; this server takes at most {limits.max_samples}",
+            param="mc_samples",
+        )
+    for name in ("context", "continuation", "text"):
+        check_size(served, getattr(request, name) or "", name)
+    if request.text is not None:
+        if request.context is not None or request.continuation is not None:
+            raise invalid("give either text, or context and continuation", param="text")
+        window = request.window or served.max_length
+        if window > served.max_length:
+            raise invalid(
+                f"window is {window}, but {served.name!r} was built for {served.max_length} tokens",
+                param="window",
+            )
+        return likelihood.rolling_pairs(served.encoder, request.text, window)
+    if request.continuation is None:
+        raise invalid("give a continuation (and its context), or a text", param="continuation")
+    if request.window is not None:
+        raise invalid("window goes with text", param="window")
+    pair = likelihood.pair_of_texts(
+        served.encoder, request.context or "", request.continuation, opening=served.opening
+    )
+    mask_id = served.model.mask_id if isinstance(served.model, Denoiser) else None
+    likelihood.check_pair(pair, served.max_length, mask_id)
+    return [pair]
+
+
+def score_unit(
+    served: Served,
+    pairs: Sequence[Pair],
+    settings: LikelihoodSettings,
+    workspace: int,
+    telemetry: Telemetry,
+) -> StepsUnit:
+    """The likelihood of all pairs, one forward at a time. Raises ServeError if memory is too small."""
+    sizes, model = served.footprint, served.model
+    longest = max(len(pair.prompt) + len(pair.answer) for pair in pairs)
+    rows = max(1, settings.batch_tokens // longest)
+    step_bytes = sizes.forward_bytes(rows, longest) + 4 * CHUNK_BYTES
+    if step_bytes > workspace:
+        raise too_large(
+            f"scoring {longest} tokens needs about {step_bytes // MIB} MiB beside the weights of"
+            f" {served.name!r}, but this server may take {workspace // MIB} MiB; shorten the text",
+            code="memory_limit",
+        )
+
+    def advance(job: Job) -> Iterator[None]:
+        def done(index: int, found: Likelihood) -> None:
+            computed = found.nfe * (len(pairs[index].prompt) + len(pairs[index].answer))
+            job.usage.note("score", found.nfe, computed)
+            telemetry.count_forwards(served.name, "score", found.nfe, computed)
+            job.listener(Scored(index, found))
+
+        if isinstance(model, Denoiser):
+            yield from likelihood.scoring(model, pairs, settings, done)
+            return
+        for index, pair in enumerate(pairs):
+            done(index, autoregressive.log_likelihood(model, [pair])[0])
+            yield
+
+    return StepsUnit(advance, step_bytes)

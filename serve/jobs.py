@@ -1,0 +1,195 @@
+"""A request as work for the engine: units that take one forward at a time, events that tell of it.
+
+A unit is one place in the batch: a row of the student that is being filled (rows of all requests
+share forwards), or a process of its own (a likelihood, a text the teacher writes) that is moved on
+by one forward. Events hold plain numbers and may cross threads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+
+from mdm.generate import Filling, Generation
+from mdm.likelihood import Likelihood
+
+from .errors import ServeError
+from .memory import Reading, highest
+
+FORWARD_KINDS = ("prefill", "denoise", "store", "decode", "score")
+
+
+@dataclasses.dataclass
+class Usage:
+    """What a request has cost so far.
+
+    queue_s         seconds it waited for its first forward
+    compute_s       seconds of the forwards it took part in (others may have shared them)
+    forwards        by kind; a guided row counts 2 (one row in a forward counts 1)
+    token_forwards  positions computed, padding left out
+    passes          forwards it took part in, and rows in them, all requests counted
+    peak            highest memory of the process (and the GPU) during its forwards
+    """
+
+    queue_s: float = 0.0
+    compute_s: float = 0.0
+    total_s: float = 0.0
+    forwards: dict[str, int] = dataclasses.field(default_factory=dict)
+    token_forwards: int = 0
+    passes: int = 0
+    batch_rows: int = 0
+    peak: Reading | None = None
+
+    def note(self, kind: str, forwards: int, tokens: int) -> None:
+        """Count the forwards of one row."""
+        self.forwards[kind] = self.forwards.get(kind, 0) + forwards
+        self.token_forwards += tokens
+
+    def note_pass(self, seconds: float, rows: int, reading: Reading) -> None:
+        """Count one forward of the model in which this request had rows."""
+        self.compute_s += seconds
+        self.passes += 1
+        self.batch_rows += rows
+        self.peak = highest(self.peak, reading)
+
+
+# --- events ----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Committed:
+    """One row's tokens decided in one forward; positions count from the start of the hole.
+
+    forward  number of the row's forward, from 0
+    seconds  since the request arrived
+    """
+
+    row: int
+    forward: int
+    seconds: float
+    positions: tuple[int, ...]
+    tokens: tuple[int, ...]
+    confidence: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class RowDone:
+    """The text of one row."""
+
+    row: int
+    generation: Generation
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """The likelihood of one pair."""
+
+    index: int
+    likelihood: Likelihood
+
+
+@dataclasses.dataclass(frozen=True)
+class JobDone:
+    """All units are finished; what they cost."""
+
+    usage: Usage
+
+
+@dataclasses.dataclass(frozen=True)
+class Failed:
+    """The request ends without a result."""
+
+    error: ServeError
+
+
+Event = Committed | RowDone | Scored | JobDone | Failed
+
+
+# --- units and jobs --------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(eq=False)
+class FillUnit:
+    """One row of the student.
+
+    start       of the hole in the canvas
+    length      of its canvas
+    rows        rows it takes in a forward: 2 if guided
+    outputs     most positions whose logits a forward needs
+    step_bytes  predicted memory of a forward of it alone
+    """
+
+    row: int
+    filling: Filling
+    start: int
+    length: int
+    rows: int
+    outputs: int
+    step_bytes: int
+    held_bytes: int = 0
+    forward: int = 0
+
+
+@dataclasses.dataclass(eq=False)
+class StepsUnit:
+    """A process that takes one forward every time it is asked for the next item.
+
+    advance  (job) -> iterator; it emits the job's events and counts its forwards itself
+    """
+
+    advance: Callable[[Job], Iterator[None]]
+    step_bytes: int
+    held_bytes: int = 0
+    iterator: Iterator[None] | None = None
+
+
+Unit = FillUnit | StepsUnit
+
+
+@dataclasses.dataclass(eq=False)
+class Job:
+    """One request in the engine's care.
+
+    kind      generate or score, for the metrics
+    model     name of the model that works on it
+    units     what is still to be started
+    listener  called in the engine's thread with every event; must return at once
+    timeout_s seconds from its arrival after which it is given up
+    """
+
+    kind: str
+    model: str
+    units: deque[Unit]
+    listener: Callable[[Event], None]
+    timeout_s: float
+    id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
+    arrived: float = dataclasses.field(default_factory=time.monotonic)
+    usage: Usage = dataclasses.field(default_factory=Usage)
+    running: list[Unit] = dataclasses.field(default_factory=list)
+    started: float | None = None
+    cancelled: bool = False
+    ended: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        kind: str,
+        model: str,
+        units: Sequence[Unit],
+        listener: Callable[[Event], None],
+        timeout_s: float,
+    ) -> Job:
+        """A new job."""
+        return cls(kind, model, deque(units), listener, timeout_s)
+
+    @property
+    def age(self) -> float:
+        """Seconds since it arrived."""
+        return time.monotonic() - self.arrived
+
+    def cancel(self) -> None:
+        """Give it up before the next forward; may be called from any thread."""
+        self.cancelled = True

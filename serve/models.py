@@ -1,0 +1,157 @@
+"""The models a server holds: the student, and the AR teacher beside it if asked for.
+
+Tokenizers keep state while they encode, so each thread has a copy of its own: the engine's is the
+model's, `encoder` belongs to the thread that encodes prompts and `decoder` to the event loop.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+
+from mdm import autoregressive, fim
+from mdm.autoregressive import Autoregressive
+from mdm.canvas import SamplerSettings
+from mdm.checkpoint import EMBEDDED, is_denoiser, load_ar, load_denoiser, source_path, weights_hash
+from mdm.commands import to_device
+from mdm.denoiser import Denoiser
+from mdm.errors import ConfigError, check_known
+from mdm.generate import Hole, fill
+from mdm.vocab import Vocab, read_vocab
+
+from .memory import Footprint, footprint
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """One model under a name.
+
+    name     what a request says as `model`
+    source   where it came from
+    weights  hash of its weight files; None for a hub name
+    """
+
+    name: str
+    source: str
+    model: Denoiser | Autoregressive
+    dtype: str
+    weights: str | None
+    footprint: Footprint
+    encoder: Vocab
+    decoder: Vocab
+    created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+
+    @property
+    def is_student(self) -> bool:
+        return isinstance(self.model, Denoiser)
+
+    @property
+    def kind(self) -> str:
+        return "student" if self.is_student else "teacher"
+
+    @property
+    def parameters(self) -> int:
+        """Weights, tied ones once."""
+        network = self.model.model
+        return sum(parameter.numel() for parameter in network.parameters())
+
+    @property
+    def max_length(self) -> int:
+        return self.model.max_length
+
+    @property
+    def opening(self) -> tuple[int, ...]:
+        """Tokens before every text: a student's start token, what its tokenizer adds for a teacher."""
+        if isinstance(self.model, Denoiser):
+            return (self.encoder.start_id,)
+        return self.model.opening
+
+    @property
+    def end_ids(self) -> Collection[int]:
+        """Tokens that end a text."""
+        if isinstance(self.model, Denoiser):
+            return (self.model.vocab.eos_id,)
+        return self.model.end_ids
+
+    @property
+    def fills_holes(self) -> bool:
+        """Can it see what stands after a hole?"""
+        return self.is_student or fim.marks(self.decoder) is not None
+
+
+def open_student(source: str, *, name: str | None, dtype: str, device: str | None) -> Served:
+    """The student in an mdm folder. Raises CheckpointError, or ConfigError if it cannot be sampled."""
+    check_known("dtype", dtype, DTYPES)
+    denoiser = load_denoiser(source, dtype=DTYPES[dtype])
+    if denoiser.block_size is not None:
+        raise ConfigError(
+            f"{source} denoises in blocks of {denoiser.block_size} behind block-causal attention;"
+            " mdm can score with it, but not sample from it yet, so it cannot be served"
+        )
+    to_device(denoiser, device)
+    return _loaded(denoiser, source, name, dtype)
+
+
+def open_teacher(source: str, *, name: str | None, dtype: str, device: str | None) -> Served:
+    """An AR model: a folder, a .gguf file, a hub name or "embedded"."""
+    check_known("dtype", dtype, DTYPES)
+    if is_denoiser(source):
+        raise ConfigError(f"--teacher {source} is a student; name an autoregressive model")
+    network, tokenizer = load_ar(source, dtype=DTYPES[dtype])
+    to_device(network, device)
+    return _loaded(Autoregressive(network, read_vocab(tokenizer)), source, name, dtype)
+
+
+def _loaded(model: Denoiser | Autoregressive, source: str, name: str | None, dtype: str) -> Served:
+    path = source_path(source)
+    weights = None if path is None else weights_hash(path)
+    return hold(model, name=name or name_of(source), source=source, dtype=dtype, weights=weights)
+
+
+def hold(
+    model: Denoiser | Autoregressive,
+    *,
+    name: str,
+    source: str,
+    dtype: str = "float32",
+    weights: str | None = None,
+) -> Served:
+    """A loaded model under a name."""
+    return Served(
+        name=name,
+        source=source,
+        model=model,
+        dtype=dtype,
+        weights=weights,
+        footprint=footprint(model.model),
+        encoder=_own_copy(model.vocab),
+        decoder=_own_copy(model.vocab),
+    )
+
+
+def warm_up(served: Served) -> None:
+    """One short text: what is allocated once is there, and memory at rest can be measured."""
+    hole = Hole((served.encoder.start_id,), 2)
+    if isinstance(served.model, Denoiser):
+        fill(served.model, [hole], SamplerSettings())
+    else:
+        autoregressive.write(served.model, [hole], autoregressive.DecodingSettings())
+
+
+def _own_copy(vocab: Vocab) -> Vocab:
+    return dataclasses.replace(vocab, tokenizer=copy.deepcopy(vocab.tokenizer))
+
+
+def name_of(source: str) -> str:
+    """A short name: the run of `runs/NAME/final`, otherwise the last part of the path."""
+    if source == EMBEDDED:
+        return EMBEDDED
+    path = Path(source)
+    return path.parent.name if path.name == "final" and path.parent.name else path.stem or source

@@ -1,0 +1,7 @@
+"""OpenAI's endpoints: models, completions, chat completions."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+router = APIRouter()

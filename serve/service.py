@@ -1,0 +1,319 @@
+"""What the endpoints share: the models, the engine, and a request from its text to its answer."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import logging
+import math
+from collections.abc import AsyncGenerator, Callable, Mapping
+from typing import Any, TypeVar
+
+from mdm.autoregressive import Autoregressive
+from mdm.denoiser import Denoiser
+from mdm.errors import MdmError, unknown
+from mdm.generate import Generation
+from mdm.likelihood import Likelihood, Pair, total
+
+from .engine import Engine
+from .errors import INVALID, ServeError, as_serve_error, too_large
+from .following import Delta, Following, Texts, Trajectories
+from .intake import Plan, pairs_of, score_unit
+from .jobs import Scored, Usage
+from .limits import Limits
+from .memory import MIB, Footprint, free_bytes
+from .models import Served, warm_up
+from .schemas import Choice, GenerateResponse, Memory, ScoreRequest, ScoreResponse, Stats
+from .telemetry import Telemetry
+
+log = logging.getLogger("mdm.serve")
+
+T = TypeVar("T")
+
+
+class Service:
+    """One server's models and its engine.
+
+    workspace     bytes that forwards and caches may take
+    idle          memory when the models are loaded and nothing is in work
+    log_requests  also log what was asked and answered
+    """
+
+    def __init__(
+        self,
+        student: Served,
+        teacher: Served | None,
+        limits: Limits,
+        *,
+        log_requests: bool = False,
+    ) -> None:
+        assert isinstance(student.model, Denoiser)
+        self.student, self.teacher, self.limits = student, teacher, limits
+        self.models: Mapping[str, Served] = {
+            served.name: served for served in (student, teacher) if served is not None
+        }
+        device = student.model.device
+        self.workspace = limits.workspace_mib * MIB or free_bytes(device) // 2
+        self.telemetry = Telemetry(device)
+        footprint: Footprint = student.footprint
+        self.engine = Engine(student.model, footprint, limits, self.workspace, self.telemetry)
+        for served in self.models.values():
+            warm_up(served)
+        self.engine.meter.reset()
+        self.idle = self.engine.meter.read()
+        self.trajectories = Trajectories(limits.trajectories)
+        self.log_requests = log_requests
+        self._encoding = asyncio.Lock()
+
+    def model(self, name: str | None) -> Served:
+        """The model of a request. Raises ServeError if there is none of that name."""
+        if name is None:
+            return self.student
+        if name not in self.models:
+            raise ServeError(
+                unknown("model", name, self.models),
+                status=404,
+                kind=INVALID,
+                code="model_not_found",
+                param="model",
+            )
+        return self.models[name]
+
+    def timeout(self, asked: float | None) -> float:
+        """Seconds a request may take. Raises ServeError for more than the server gives."""
+        if asked is not None and asked > self.limits.timeout_s:
+            raise too_large(
+                f"timeout_s is {asked:g}; this server gives a request at most"
+                f" {self.limits.timeout_s:g} s",
+                param="timeout_s",
+            )
+        return asked or self.limits.timeout_s
+
+    async def encoding(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Run what tokenises a text off the event loop, one at a time. Raises ServeError."""
+        async with self._encoding:
+            try:
+                return await asyncio.to_thread(function, *arguments)
+            except MdmError as error:
+                raise as_serve_error(error) from error
+
+    # --- generating --------------------------------------------------------------------------------
+
+    def begin(self, endpoint: str, plan: Plan, timeout_s: float) -> Following:
+        """Hand a plan to the engine. Raises ServeError if the queue is full."""
+        try:
+            return Following(self.engine, "generate", plan.served, plan.units, timeout_s)
+        except ServeError as error:
+            self.telemetry.not_finished(endpoint, error.code)
+            raise
+
+    async def generate(
+        self, endpoint: str, plan: Plan, timeout_s: float, *, counts: bool = True
+    ) -> GenerateResponse:
+        """All texts of a plan, in one piece."""
+        following = self.begin(endpoint, plan, timeout_s)
+        async for item in self.items(endpoint, plan, following, counts=counts):
+            if isinstance(item, GenerateResponse):
+                return item
+        raise AssertionError("a job that ends without a result raises")
+
+    async def items(
+        self, endpoint: str, plan: Plan, following: Following, *, counts: bool = True
+    ) -> AsyncGenerator[Delta | GenerateResponse, None]:
+        """`Delta`s as text is decided, then the `GenerateResponse`. Leaving it cancels the job.
+
+        `counts`: its success is that of the whole request, for the metrics.
+        """
+        texts, job = Texts(plan), following.job
+        try:
+            with following:
+                async for event in following:
+                    delta = texts.take(event)
+                    if delta is not None:
+                        yield delta
+        except ServeError as error:
+            self.telemetry.not_finished(endpoint, error.code)
+            raise
+        except (asyncio.CancelledError, GeneratorExit):
+            self.telemetry.not_finished(endpoint, "cancelled")
+            raise
+        answer = self.response(job.id, plan, texts.results(), job.usage)
+        self.trajectories.keep(texts.trajectory(job))
+        self.telemetry.finished(
+            endpoint if counts else None,
+            plan.served.name,
+            prompt=plan.prompt_tokens,
+            tokens=answer.completion_tokens,
+            seconds=job.usage.total_s,
+            queue_s=job.usage.queue_s,
+        )
+        self._log_finished(endpoint, plan, answer)
+        yield answer
+
+    def _log_finished(self, endpoint: str, plan: Plan, answer: GenerateResponse) -> None:
+        stats = answer.stats
+        log.info(
+            "%s %s: %d tokens in %.2f s (%.2f s waiting), %d forwards",
+            endpoint,
+            answer.id,
+            answer.completion_tokens,
+            stats.total_s,
+            stats.queue_s,
+            sum(stats.forwards.values()),
+        )
+        if self.log_requests:
+            hole, decode = plan.holes[0], plan.served.decoder.decode
+            asked = {"before": decode(hole.before), "after": decode(hole.after)}
+            texts = [choice.text for choice in answer.choices]
+            log.info("%s %s", answer.id, json.dumps({**asked, "texts": texts}, ensure_ascii=False))
+
+    def response(
+        self, job_id: str, plan: Plan, found: list[Generation], usage: Usage
+    ) -> GenerateResponse:
+        tokens = sum(one.num_tokens for one in found)
+        return GenerateResponse(
+            id=job_id,
+            model=plan.served.name,
+            seed=plan.seed,
+            prompt_tokens=plan.prompt_tokens,
+            completion_tokens=tokens,
+            left_only=plan.left_only,
+            choices=[
+                Choice(
+                    index=index,
+                    text=one.text,
+                    finish_reason="stop" if one.finish_reason == "stop" else "length",
+                    completion_tokens=one.num_tokens,
+                    forwards=one.nfe,
+                    confidence=_or_none(one.confidence),
+                )
+                for index, one in enumerate(found)
+            ],
+            stats=self.stats(usage, tokens, plan.predicted),
+        )
+
+    def stats(self, usage: Usage, tokens: int, predicted: int) -> Stats:
+        """What a finished job took, for its answer."""
+        peak = usage.peak or self.idle
+        running = max(usage.total_s - usage.queue_s, 1e-9)
+        forwards = sum(usage.forwards.values())
+        if peak.device_peak is None:
+            above = peak.rss_peak - self.idle.rss
+        else:
+            above = peak.device_peak - (self.idle.device or 0)
+        return Stats(
+            queue_s=round(usage.queue_s, 4),
+            compute_s=round(usage.compute_s, 4),
+            total_s=round(usage.total_s, 4),
+            forwards=dict(usage.forwards),
+            token_forwards=usage.token_forwards,
+            tokens_per_second=round(tokens / running, 2),
+            tokens_per_forward=round(tokens / forwards, 3) if forwards else 0.0,
+            mean_batch_rows=round(usage.batch_rows / max(1, usage.passes), 2),
+            memory=Memory(
+                predicted_bytes=predicted,
+                above_idle_bytes=max(0, above),
+                process_resident_bytes=peak.rss,
+                process_peak_bytes=peak.rss_peak,
+                device_allocated_bytes=peak.device,
+                device_peak_bytes=peak.device_peak,
+            ),
+        )
+
+    # --- scoring -----------------------------------------------------------------------------------
+
+    async def score(self, request: ScoreRequest) -> ScoreResponse:
+        """The answer to `POST /score`."""
+        try:
+            return await self._score(request)
+        except ServeError as error:
+            self.telemetry.not_finished("/score", error.code)
+            raise
+        except asyncio.CancelledError:
+            self.telemetry.not_finished("/score", "cancelled")
+            raise
+
+    async def _score(self, request: ScoreRequest) -> ScoreResponse:
+        served = self.model(request.model)
+        timeout_s = self.timeout(request.timeout_s)
+        if isinstance(served.model, Autoregressive):
+            _refuse_estimators(served, request)
+        try:
+            settings = request.likelihood(min(1024, self.limits.batch_tokens))
+        except MdmError as error:
+            raise as_serve_error(error) from error
+        pairs: list[Pair] = await self.encoding(pairs_of, served, request, self.limits)
+        unit = score_unit(served, pairs, settings, self.workspace, self.telemetry)
+        found: dict[int, Likelihood] = {}
+        with Following(self.engine, "score", served, [unit], timeout_s) as following:
+            async for event in following:
+                if isinstance(event, Scored):
+                    found[event.index] = event.likelihood
+        whole = total([found[index] for index in range(len(pairs))])
+        greedy = found[0].greedy if len(found) == 1 else None
+        text = request.text if request.text is not None else request.continuation or ""
+        usage = following.job.usage
+        self.telemetry.finished(
+            "/score",
+            served.name,
+            prompt=sum(len(pair.prompt) for pair in pairs),
+            tokens=0,
+            seconds=usage.total_s,
+            queue_s=usage.queue_s,
+        )
+        return ScoreResponse(
+            id=following.job.id,
+            model=served.name,
+            log_likelihood=whole.value,
+            std_err=_or_none(whole.std_err),
+            is_bound=whole.is_bound,
+            estimator=whole.estimator,
+            num_tokens=whole.num_tokens,
+            nats_per_token=whole.value / whole.num_tokens,
+            bits_per_byte=-whole.value / math.log(2) / max(1, len(text.encode())),
+            greedy=greedy,
+            stats=self.stats(usage, 0, unit.step_bytes),
+        )
+
+    # --- about the server --------------------------------------------------------------------------
+
+    def about(self) -> dict[str, Any]:
+        """What `GET /stats` says."""
+        return {
+            "models": {
+                served.name: {
+                    "kind": served.kind,
+                    "source": served.source,
+                    "parameters": served.parameters,
+                    "dtype": served.dtype,
+                    "device": str(served.model.device),
+                    "max_length": served.max_length,
+                    "fills_holes": served.fills_holes,
+                    "weights": served.weights,
+                }
+                for served in self.models.values()
+            },
+            "limits": dataclasses.asdict(self.limits),
+            "workspace_bytes": self.workspace,
+            "draining": self.engine.draining,
+            "counters": self.telemetry.summary(),
+        }
+
+
+def _refuse_estimators(served: Served, request: ScoreRequest) -> None:
+    for name in ("estimator", "mc_samples", "cfg_scale", "remasking", "block_length", "seed"):
+        if name in request.model_fields_set:
+            raise ServeError(
+                f"{name} is a setting of diffusion; the likelihood of {served.name!r} is exact:"
+                " leave it out",
+                status=400,
+                kind=INVALID,
+                code="invalid_value",
+                param=name,
+            )
+
+
+def _or_none(value: float) -> float | None:
+    """JSON has no NaN."""
+    return None if math.isnan(value) else value
