@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.staticfiles import StaticFiles
 
-from mdm.errors import MdmError
+from mdm.errors import MdmError, unknown
 
 from . import native, openai
 from .errors import INVALID, SERVER, ServeError, as_serve_error, error_body, invalid
@@ -85,7 +85,14 @@ def make_app(
             allow_methods=["GET", "POST"],
             allow_headers=["authorization", "content-type"],
         )
-    return Guards(app, keys=keys, hosts=hosts, max_bytes=service.limits.max_body_bytes)
+    limits = service.limits
+    return Guards(
+        app,
+        keys=keys,
+        hosts=hosts,
+        max_bytes=limits.max_body_bytes,
+        most=4 * (limits.max_queue + limits.max_rows),
+    )
 
 
 def _answer(error: ServeError) -> JSONResponse:
@@ -93,32 +100,52 @@ def _answer(error: ServeError) -> JSONResponse:
     return JSONResponse(error_body(error), status_code=error.status, headers=headers)
 
 
-async def _mdm_error(_: Request, error: Exception) -> JSONResponse:
-    return _answer(as_serve_error(error))
+def _refuse(request: Request, error: ServeError) -> JSONResponse:
+    """Count it, log it (without anything of the request), answer it."""
+    route = request.scope.get("route")
+    endpoint = getattr(route, "path", "other")
+    service: Service = request.app.state.service
+    service.telemetry.not_finished(endpoint, error)
+    log.info("%s: %d %s", endpoint, error.status, error.code)
+    return _answer(error)
 
 
-async def _validation_error(_: Request, error: Exception) -> JSONResponse:
+async def _mdm_error(request: Request, error: Exception) -> JSONResponse:
+    return _refuse(request, as_serve_error(error))
+
+
+def known_fields(route: object) -> list[str]:
+    """Names of the fields of a route's request, at the first level."""
+    body = getattr(route, "body_field", None)
+    model = getattr(getattr(body, "field_info", None), "annotation", None)
+    return sorted(getattr(model, "model_fields", {}))
+
+
+async def _validation_error(request: Request, error: Exception) -> JSONResponse:
     """The first thing that is wrong, with the name of its field. The value is not repeated."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     place = [str(part) for part in first["loc"] if part != "body"]
     param = ".".join(place) or None
     if first["type"] == "json_invalid":
-        return _answer(invalid("the body is not valid JSON", code="invalid_json"))
-    return _answer(invalid(f"{param or 'the body'}: {first['msg']}", param=param))
+        return _refuse(request, invalid("the body is not valid JSON", code="invalid_json"))
+    if first["type"] == "extra_forbidden":
+        text = unknown("field", place[-1], known_fields(request.scope.get("route")))
+        return _refuse(request, invalid(text, param=param, code="unknown_field"))
+    return _refuse(request, invalid(f"{param or 'the body'}: {first['msg']}", param=param))
 
 
-async def _http_error(_: Request, error: Exception) -> JSONResponse:
+async def _http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     kind = INVALID if error.status_code < 500 else SERVER
     text = f"{error.detail}; see /docs" if error.status_code in (404, 405) else str(error.detail)
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
-    answer = _answer(ServeError(text, status=error.status_code, kind=kind, code=code))
+    answer = _refuse(request, ServeError(text, status=error.status_code, kind=kind, code=code))
     for name, value in (error.headers or {}).items():
         answer.headers[name] = value
     return answer
 
 
-async def _any_error(_: Request, error: Exception) -> JSONResponse:
+async def _any_error(request: Request, error: Exception) -> JSONResponse:
     log.exception("a request failed", exc_info=error)
-    return _answer(as_serve_error(error))
+    return _refuse(request, as_serve_error(error))

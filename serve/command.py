@@ -89,25 +89,25 @@ def serve(
 
     from .run import listen, open_service, run
 
-    listener = listen(host, port)
-    if model is None:
-        model = last_finished()
-        click.echo(f"model: {model} (the last finished run)", err=True)
-    service = open_service(
-        str(model),
-        teacher,
-        limits,
-        name=name,
-        dtype=dtype,
-        device=device,
-        threads=threads,
-        log_requests=log_requests,
-    )
-    run(
-        service,
-        listener,
-        keys=keys,
-        hosts=allowed_hosts(host, allow_host),
-        origins=allow_origin,
-        drain_s=drain_seconds,
-    )
+    with listen(host, port) as listener:
+        if model is None:
+            model = last_finished()
+            click.echo(f"model: {model} (the last finished run)", err=True)
+        service = open_service(
+            str(model),
+            teacher,
+            limits,
+            name=name,
+            dtype=dtype,
+            device=device,
+            threads=threads,
+            log_requests=log_requests,
+        )
+        run(
+            service,
+            listener,
+            keys=keys,
+            hosts=allowed_hosts(host, allow_host),
+            origins=allow_origin,
+            drain_s=drain_seconds,
+        )

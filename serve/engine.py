@@ -77,13 +77,19 @@ class Engine:
     def submit(self, job: Job) -> None:
         """Take on a job. Raises ServeError if the queue is full or the server shuts down."""
         with self._wake:
-            if self.draining:
-                raise shutting_down()
-            waiting = sum(one.started is None for one in self._jobs)
-            if waiting >= self.limits.max_queue and len(self._jobs) >= self.limits.max_rows:
-                raise queue_full(waiting, self.limits.max_queue, self._retry_after(waiting))
+            self.check_room()
             self._jobs.append(job)
             self._wake.notify()
+
+    def check_room(self) -> None:
+        """Raise ServeError if a job would not be taken on now."""
+        if self.draining:
+            raise shutting_down()
+        jobs = list(self._jobs)
+        waiting = sum(job.started is None for job in jobs)
+        places = sum(len(job.running) + len(job.units) for job in jobs)
+        if waiting >= self.limits.max_queue and places >= self.limits.max_rows:
+            raise queue_full(waiting, self.limits.max_queue, self._retry_after(waiting))
 
     def drain(self) -> None:
         """Refuse new jobs; those that are here are finished."""
@@ -202,16 +208,16 @@ class Engine:
         used = sum(unit.rows * unit.length for unit in units)
         if rows * longest > self.limits.batch_tokens or used < (1 - MAX_PADDING) * rows * longest:
             return False
-        needed = self.footprint.forward_bytes(rows, longest) + self.footprint.logits_bytes(
-            sum(unit.rows * unit.outputs for unit in units)
+        largest = max(units, key=lambda unit: unit.choice_bytes)
+        needed = self.footprint.step_bytes(
+            rows,
+            longest,
+            sum(unit.logits for unit in units),
+            largest.outputs,
+            largest.filling.canvas.settings,
+            padded=any(unit.length < longest for unit in units),
         )
-        choosing = max(
-            unit.step_bytes
-            - self.footprint.forward_bytes(unit.rows, unit.length)
-            - self.footprint.logits_bytes(unit.rows * unit.outputs)
-            for unit in units
-        )
-        return held + needed + choosing <= self.workspace
+        return held + needed <= self.workspace
 
     def _fill(self, group: Sequence[tuple[Job, FillUnit]]) -> None:
         """One forward for these rows. If it fails, each is tried alone, and fails alone."""

@@ -25,6 +25,7 @@ class ServeError(MdmError):
     code         one word for programs
     param        the field of the request that is at fault, if one is
     retry_after  seconds after which it is worth trying again
+    counted      is it in the metrics already?
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class ServeError(MdmError):
         super().__init__(message)
         self.status, self.kind, self.code = status, kind, code
         self.param, self.retry_after = param, retry_after
+        self.counted = False
 
 
 def invalid(message: str, *, param: str | None = None, code: str = "invalid_value") -> ServeError:

@@ -19,6 +19,9 @@ from .intake import Plan
 from .jobs import Committed, Event, Failed, Job, JobDone, RowDone, Unit
 from .models import Served
 
+# Some hundred bytes each.
+MOST_TOKENS = 2**17
+
 
 @dataclasses.dataclass(frozen=True)
 class Delta:
@@ -134,18 +137,22 @@ class Texts:
 
 
 class Trajectories:
-    """The last finished requests, in memory only; the oldest goes when there are too many."""
+    """The last finished requests, in memory only.
+
+    The oldest goes when there are more than `most`, or more than MOST_TOKENS decided tokens in all.
+    """
 
     def __init__(self, most: int) -> None:
         self.most = most
         self._kept: OrderedDict[str, dict[str, Any]] = OrderedDict()
 
     def keep(self, trajectory: dict[str, Any]) -> None:
-        if not self.most:
-            return
         self._kept[trajectory["id"]] = trajectory
-        while len(self._kept) > self.most:
+        while len(self._kept) > self.most or self._tokens() > MOST_TOKENS:
             self._kept.popitem(last=False)
+
+    def _tokens(self) -> int:
+        return sum(one["length"] * len(one["rows"]) for one in self._kept.values())
 
     def get(self, request_id: str) -> dict[str, Any] | None:
         return self._kept.get(request_id)

@@ -13,7 +13,7 @@ import secrets
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any
 
-from .errors import AUTH, INVALID, ServeError, error_body, too_large
+from .errors import AUTH, INVALID, SERVER, ServeError, error_body, too_large
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -43,12 +43,21 @@ class Guards:
     keys       any of them opens it; none = no key is asked for
     hosts      names a request may call the server by; None = any
     max_bytes  of a body
+    most       requests at a time, whatever they are; each may hold a body in memory
     """
 
     def __init__(
-        self, app: App, *, keys: Collection[str], hosts: Collection[str] | None, max_bytes: int
+        self,
+        app: App,
+        *,
+        keys: Collection[str],
+        hosts: Collection[str] | None,
+        max_bytes: int,
+        most: int,
     ) -> None:
         self.app = app
+        self.most = most
+        self.open = 0
         self.keys = [key.encode() for key in keys]
         self.hosts = None if hosts is None else frozenset(host.lower() for host in hosts)
         self.max_bytes = max_bytes
@@ -62,23 +71,36 @@ class Guards:
             self._wrong_host(headers)
             or self._no_key(scope, headers)
             or self._too_large(headers.get(b"content-length"))
+            or self._too_many(scope)
         )
         if problem is not None:
             await answer(problem, send)
             return
+        self.open += 1
+        try:
+            await self._pass_on(scope, receive, send)
+        finally:
+            self.open -= 1
+
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """To the app, with the body counted and the headers added."""
         taken = 0
+        refused: ServeError | None = None
         begun = False
 
         async def counting() -> Message:
-            nonlocal taken
+            nonlocal taken, refused
             message = await receive()
             taken += len(message.get("body", b""))
-            if taken > self.max_bytes:  # a body that does not say how long it is
-                raise _body_too_large(taken, self.max_bytes, exact=False)
+            if taken > self.max_bytes:  # a body that did not say how long it is
+                refused = _body_too_large(taken, self.max_bytes, exact=False)
+                raise refused
             return message
 
         async def with_headers(message: Message) -> None:
             nonlocal begun
+            if refused is not None and not begun:
+                return  # the app has an answer of its own to a body that breaks off
             if message["type"] == "http.response.start":
                 begun = True
                 message["headers"] = [*message.get("headers", []), *HEADERS]
@@ -86,10 +108,11 @@ class Guards:
 
         try:
             await self.app(scope, counting, with_headers)
-        except ServeError as error:
-            if begun:
+        except ServeError:
+            if refused is None:
                 raise
-            await answer(error, send)
+        if refused is not None and not begun:
+            await answer(refused, send)
 
     def _wrong_host(self, headers: dict[bytes, bytes]) -> ServeError | None:
         host = host_name(headers.get(b"host", b"").decode("latin-1"))
@@ -118,6 +141,17 @@ class Guards:
             status=401,
             kind=AUTH,
             code="invalid_api_key",
+        )
+
+    def _too_many(self, scope: Scope) -> ServeError | None:
+        if self.open < self.most or scope["path"] in OPEN_PATHS:
+            return None
+        return ServeError(
+            f"{self.open} requests are open, as many as this server takes; try again",
+            status=503,
+            kind=SERVER,
+            code="too_many_connections",
+            retry_after=1,
         )
 
     def _too_large(self, length: bytes | None) -> ServeError | None:

@@ -68,7 +68,7 @@ def hole_of(served: Served, text: Text, *, left_only: bool = False) -> Hole:
     _check_fields(text)
     for name in ("prompt", "prefix", "suffix"):
         check_size(served, getattr(text, name) or "", name)
-    stop = stop_strings(text.stop)
+    stop = tuple(text.stop)
     if text.prompt is not None:
         request = Request(text.prompt, None, text.gen_length, text.chat, stop)
     else:
@@ -210,13 +210,9 @@ def fill_unit(
     rows = 2 if settings.cfg_scale > 0 else 1
     outputs = min(hole.length, settings.block_length or hole.length)
     sizes = served.footprint
-    step_bytes = (
-        sizes.forward_bytes(rows, hole.total)
-        + sizes.logits_bytes(rows * outputs)
-        + sizes.proposal_bytes(
-            outputs, sampled=settings.temperature > 0, nucleus=settings.top_p < 1
-        )
-    )
+    own = filling.canvas.settings
+    logits = outputs * (3 if rows == 2 else 1)
+    step_bytes = sizes.step_bytes(rows, hole.total, logits, outputs, own)
     return FillUnit(
         row=row,
         filling=filling,
@@ -224,6 +220,7 @@ def fill_unit(
         length=hole.total,
         rows=rows,
         outputs=outputs,
+        logits=logits,
         step_bytes=step_bytes,
     )
 
@@ -258,9 +255,10 @@ def write_unit(
     prompt = max(len(hole.before) for hole in holes)
     return StepsUnit(
         advance,
-        step_bytes=sizes.forward_bytes(rows, prompt)
-        + sizes.logits_bytes(rows)
-        + sizes.proposal_bytes(1, sampled=settings.temperature > 0, nucleus=settings.top_p < 1),
+        step_bytes=max(
+            sizes.forward_bytes(rows, prompt, padded=True),
+            sizes.logits_bytes(rows) + 64 * sizes.vocab,  # noise and nucleus of one row, float64
+        ),
         held_bytes=sizes.cache_bytes(rows, longest),
     )
 
@@ -351,7 +349,7 @@ def score_unit(
     sizes, model = served.footprint, served.model
     longest = max(len(pair.prompt) + len(pair.answer) for pair in pairs)
     rows = max(1, settings.batch_tokens // longest)
-    step_bytes = sizes.forward_bytes(rows, longest) + 4 * CHUNK_BYTES
+    step_bytes = sizes.forward_bytes(rows, longest, padded=True) + 4 * CHUNK_BYTES
     if step_bytes > workspace:
         raise too_large(
             f"scoring {longest} tokens needs about {step_bytes // MIB} MiB beside the weights of"

@@ -17,7 +17,7 @@ from mdm.generate import Filling, Generation
 from mdm.likelihood import Likelihood
 
 from .errors import ServeError
-from .memory import Reading, highest
+from .memory import Reading, bytes_per_choice, highest
 
 FORWARD_KINDS = ("prefill", "denoise", "store", "decode", "score")
 
@@ -118,7 +118,8 @@ class FillUnit:
     start       of the hole in the canvas
     length      of its canvas
     rows        rows it takes in a forward: 2 if guided
-    outputs     most positions whose logits a forward needs
+    outputs     most positions whose tokens a forward can choose
+    logits      rows of logits that are held for them; a guided position has three
     step_bytes  predicted memory of a forward of it alone
     """
 
@@ -128,9 +129,15 @@ class FillUnit:
     length: int
     rows: int
     outputs: int
+    logits: int
     step_bytes: int
     held_bytes: int = 0
     forward: int = 0
+
+    @property
+    def choice_bytes(self) -> int:
+        """What choosing its tokens takes, up to a factor that all rows share."""
+        return self.outputs * bytes_per_choice(self.filling.canvas.settings)
 
 
 @dataclasses.dataclass(eq=False)

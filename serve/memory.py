@@ -15,6 +15,8 @@ from typing import Any
 import psutil
 import torch
 
+from mdm.canvas import SamplerSettings
+
 MIB = 2**20
 
 
@@ -37,27 +39,50 @@ class Footprint:
     vocab: int
     itemsize: int
 
-    def forward_bytes(self, rows: int, length: int) -> int:
-        """Activations of one layer (they are freed layer by layer) and the attention mask."""
-        tokens = rows * length
-        # Residual, norm in float32, queries, keys and values (repeated for grouped heads), output;
-        # gate, up and their product.
-        per_token = (8 * self.hidden + 4 * self.kv_width + 4 * self.inner) * self.itemsize
-        mask = rows * length * length * (1 + 2 * self.itemsize)
-        return tokens * (per_token + 4 * self.hidden) + mask
+    def forward_bytes(self, rows: int, length: int, *, padded: bool = False) -> int:
+        """Activations of one layer (they are freed layer by layer), and a mask if rows are padded."""
+        # Residual and attention 5 widths, the MLP 4.5 of its own: the families in the tests need less.
+        activations = rows * length * (5 * self.hidden + 9 * self.inner // 2) * self.itemsize
+        return activations + (rows * length * length * (2 + self.itemsize) if padded else 0)
 
     def logits_bytes(self, outputs: int) -> int:
         """Logits of `outputs` positions: as the head gives them, in float32, and once more masked."""
-        return outputs * self.vocab * (self.itemsize + 2 * 4)
+        own = self.itemsize if self.itemsize < 4 else 0
+        return outputs * (self.vocab * (own + 2 * 4) + 64)
 
-    def proposal_bytes(self, outputs: int, *, sampled: bool, nucleus: bool) -> int:
-        """What choosing tokens for the open positions of one row takes beside the logits."""
-        per_logit = 2 * 4 + (32 if sampled else 0) + (48 if nucleus else 0)
-        return outputs * self.vocab * per_logit
+    def step_bytes(
+        self,
+        rows: int,
+        length: int,
+        outputs: int,
+        largest: int,
+        settings: SamplerSettings,
+        *,
+        padded: bool = False,
+    ) -> int:
+        """One denoising step: forward, logits and choice of tokens come one after the other.
+
+        `outputs` positions of all rows have logits (a guided one three times: with the prompt,
+        without it, and the two together); tokens are chosen row by row, for at most `largest`
+        positions, with these settings.
+        """
+        held = outputs * 4 * self.vocab
+        choosing = held + largest * (self.vocab * bytes_per_choice(settings) + 64)
+        return max(
+            self.forward_bytes(rows, length, padded=padded),
+            self.logits_bytes(outputs) + rows * length * self.hidden * self.itemsize,
+            choosing,
+        )
 
     def cache_bytes(self, rows: int, length: int) -> int:
         """Keys and values of a causal model; growing copies them once."""
         return 2 * 2 * self.layers * rows * length * self.kv_width * self.itemsize
+
+
+def bytes_per_choice(settings: SamplerSettings) -> int:
+    """Bytes a logit that choosing tokens takes: log-probabilities, float64 noise, copies."""
+    bytes_ = 44 if settings.temperature > 0 else 12 if settings.remasking == "entropy" else 4
+    return max(bytes_, 9 if settings.cfg_scale > 0 else 0) + (4 if settings.suppress_eos else 0)
 
 
 def footprint(model: Any) -> Footprint:

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 
 from mdm.canvas import SamplerSettings
 from mdm.generate import Hole
@@ -70,7 +70,7 @@ async def generate(body: GenerateRequest, request: Request) -> Any:
     if not body.stream:
         async with connected(request):
             return await service.generate("/generate", plan, timeout_s)
-    following = service.begin("/generate", plan, timeout_s)
+    following = service.begin(plan, timeout_s)
     parts = _events(service, plan, following, denoising=body.denoising)
     return sse.EventStream(parts, following.job.cancel)
 
@@ -199,7 +199,12 @@ async def ready(request: Request) -> JSONResponse:
     return JSONResponse(body, status_code=200 if reason is None else 503)
 
 
-@router.get("/metrics", summary="Numbers for Prometheus", tags=["operation"])
+@router.get(
+    "/metrics",
+    response_class=PlainTextResponse,
+    summary="Numbers for Prometheus",
+    tags=["operation"],
+)
 async def metrics(request: Request) -> Response:
     """Requests, queue, batch sizes, tokens, forwards, latencies and memory."""
     return Response(

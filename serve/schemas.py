@@ -8,13 +8,21 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 from mdm.canvas import SamplerSettings
 from mdm.likelihood import LikelihoodSettings
 
 MAX_TOKENS = 2**20  # bounds the numbers; what a model can take is checked against the model
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+Stop = Annotated[
+    list[StopString],
+    Field(max_length=16),
+    BeforeValidator(
+        lambda stop: [stop] if isinstance(stop, str) else stop,
+        json_schema_input_type=str | list[str],
+    ),
+]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 
@@ -38,9 +46,7 @@ class Text(Strict):
     )
     chat: bool = Field(False, description="Put the prompt into the chat template.")
     gen_length: int = Field(64, ge=1, le=MAX_TOKENS, description="New tokens after a prompt.")
-    stop: StopString | Annotated[list[StopString], Field(max_length=16)] = Field(
-        [], description="Strings at whose first occurrence the text is cut off."
-    )
+    stop: Stop = Field([], description="Strings at whose first occurrence the text is cut off.")
 
 
 class Sampling(Strict):

@@ -17,7 +17,7 @@ from mdm.generate import Generation
 from mdm.likelihood import Likelihood, Pair, total
 
 from .engine import Engine
-from .errors import INVALID, ServeError, as_serve_error, too_large
+from .errors import INVALID, ServeError, as_serve_error, cancelled, too_large
 from .following import Delta, Following, Texts, Trajectories
 from .intake import Plan, pairs_of, score_unit
 from .jobs import Scored, Usage
@@ -91,7 +91,11 @@ class Service:
         return asked or self.limits.timeout_s
 
     async def encoding(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Run what tokenises a text off the event loop, one at a time. Raises ServeError."""
+        """Run what tokenises a text off the event loop, one at a time. Raises ServeError.
+
+        A request that would find the queue full is told so before.
+        """
+        self.engine.check_room()
         async with self._encoding:
             try:
                 return await asyncio.to_thread(function, *arguments)
@@ -100,30 +104,34 @@ class Service:
 
     # --- generating --------------------------------------------------------------------------------
 
-    def begin(self, endpoint: str, plan: Plan, timeout_s: float) -> Following:
+    def begin(self, plan: Plan, timeout_s: float) -> Following:
         """Hand a plan to the engine. Raises ServeError if the queue is full."""
-        try:
-            return Following(self.engine, "generate", plan.served, plan.units, timeout_s)
-        except ServeError as error:
-            self.telemetry.not_finished(endpoint, error.code)
-            raise
+        return Following(self.engine, "generate", plan.served, plan.units, timeout_s)
 
     async def generate(
         self, endpoint: str, plan: Plan, timeout_s: float, *, counts: bool = True
     ) -> GenerateResponse:
         """All texts of a plan, in one piece."""
-        following = self.begin(endpoint, plan, timeout_s)
-        async for item in self.items(endpoint, plan, following, counts=counts):
+        following = self.begin(plan, timeout_s)
+        items = self.items(endpoint, plan, following, counts=counts, streamed=False)
+        async for item in items:
             if isinstance(item, GenerateResponse):
                 return item
         raise AssertionError("a job that ends without a result raises")
 
     async def items(
-        self, endpoint: str, plan: Plan, following: Following, *, counts: bool = True
+        self,
+        endpoint: str,
+        plan: Plan,
+        following: Following,
+        *,
+        counts: bool = True,
+        streamed: bool = True,
     ) -> AsyncGenerator[Delta | GenerateResponse, None]:
         """`Delta`s as text is decided, then the `GenerateResponse`. Leaving it cancels the job.
 
-        `counts`: its success is that of the whole request, for the metrics.
+        `counts`: its success is that of the whole request, for the metrics. `streamed`: the answer
+        has begun, so that no handler of errors will see one and count it.
         """
         texts, job = Texts(plan), following.job
         try:
@@ -133,10 +141,12 @@ class Service:
                     if delta is not None:
                         yield delta
         except ServeError as error:
-            self.telemetry.not_finished(endpoint, error.code)
+            if streamed:
+                self.telemetry.not_finished(endpoint, error)
             raise
         except (asyncio.CancelledError, GeneratorExit):
-            self.telemetry.not_finished(endpoint, "cancelled")
+            if streamed:
+                self.telemetry.not_finished(endpoint, cancelled())
             raise
         answer = self.response(job.id, plan, texts.results(), job.usage)
         self.trajectories.keep(texts.trajectory(job))
@@ -225,16 +235,6 @@ class Service:
 
     async def score(self, request: ScoreRequest) -> ScoreResponse:
         """The answer to `POST /score`."""
-        try:
-            return await self._score(request)
-        except ServeError as error:
-            self.telemetry.not_finished("/score", error.code)
-            raise
-        except asyncio.CancelledError:
-            self.telemetry.not_finished("/score", "cancelled")
-            raise
-
-    async def _score(self, request: ScoreRequest) -> ScoreResponse:
         served = self.model(request.model)
         timeout_s = self.timeout(request.timeout_s)
         if isinstance(served.model, Autoregressive):

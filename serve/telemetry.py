@@ -14,6 +14,7 @@ import psutil
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from .errors import ServeError
 from .memory import Reading, highest
 
 SECONDS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -144,9 +145,11 @@ class Telemetry:
         self._finished += 1
         self._finished_s += seconds - queue_s
 
-    def not_finished(self, endpoint: str, code: str) -> None:
-        """One request ended without a result; `code` is that of its error."""
-        self.requests.labels(endpoint, code).inc()
+    def not_finished(self, endpoint: str, error: ServeError) -> None:
+        """One request ended without a result. An error that is told twice counts once."""
+        if not error.counted:
+            error.counted = True
+            self.requests.labels(endpoint, error.code).inc()
 
     def mean_seconds(self) -> float | None:
         """Mean seconds of a request from its first forward to its result."""
