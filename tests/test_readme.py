@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
+import httpx
 import pytest
 from tiny import byte_tokenizer, tiny_model
+from tiny_serve import Process
 
 from mdm.checkpoint import save_denoiser
 from mdm.cli import COMMANDS, mdm
@@ -39,6 +43,18 @@ def commands() -> list[list[str]]:
             except ValueError:  # an open quotation goes on in the next line
                 continue
     return [command for command in found if command and command[0] in ("mdm", "torchrun")]
+
+
+def curls() -> list[tuple[str, str]]:
+    """(path, JSON) of every curl command to the server."""
+    found = []
+    for block in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL):
+        for one in re.findall(r"^curl .*?(?=^curl |\Z)", block, flags=re.DOTALL | re.MULTILINE):
+            words = shlex.split(one.replace("\\\n", " "))
+            (url,) = [word for word in words if word.startswith("localhost:8000/")]
+            assert words[words.index("-H") + 1] == "content-type: application/json"
+            found.append((url.removeprefix("localhost:8000"), words[words.index("-d") + 1]))
+    return found
 
 
 def test_every_command_is_found():
@@ -106,7 +122,11 @@ def test_the_commands_run(place, capsys):
         if command[0] == "torchrun":
             command = command[command.index("mdm.cli") :]
         arguments = shrink(command)
-        if "--resume" in arguments:
+        if (
+            "--resume" in arguments
+            or arguments[0] == "serve"
+            or arguments[:2] == ["bench", "serve"]
+        ):
             continue  # tests/test_trainer.py kills and resumes real runs
         mdm.main(arguments, standalone_mode=False)
         half_done |= "half" in arguments
@@ -120,3 +140,26 @@ def test_the_commands_run(place, capsys):
     assert "| infill_single_line | pass@1 |" in output
     assert (place / "runs/eval/student/results.json").is_file()
     assert "stratified" in (place / "benchmarks/results/likelihood.jsonl").read_text()
+
+
+def test_the_server_answers_what_the_readme_asks(place):
+    (serve,) = [command[1:] for command in commands() if command[:2] == ["mdm", "serve"]]
+    assert serve[:3] == ["serve", "--model", "runs/demo/final"]
+    (script,) = re.findall(r"```python\n(from openai.*?)```", README, flags=re.DOTALL)
+    with Process(place, *serve[1:3]) as server:
+        with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http:
+            answers = [
+                http.post(path, content=body, headers={"content-type": "application/json"})
+                for path, body in curls()
+            ]
+        assert [answer.status_code for answer in answers] == [200, 200, 200]
+        assert set(answers[0].json()["stats"]) >= {"queue_s", "forwards", "memory"}
+        assert answers[1].text.count('"denoising"') == 16
+        assert answers[2].json()["log_likelihood"] < 0
+        script = script.replace("http://localhost:8000", server.url)
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip()
+        assert server.end() == 0

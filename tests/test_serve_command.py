@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import re
 import signal
 import socket
-import subprocess
-import sys
-import threading
-from pathlib import Path
 
 import httpx
 import pytest
 from click.testing import CliRunner
 from tiny import tiny_model
-from tiny_serve import byte_student, byte_vocab
+from tiny_serve import Process, byte_student, byte_vocab
 
 from mdm.checkpoint import save_denoiser
 from mdm.errors import CheckpointError, ConfigError
@@ -24,8 +18,6 @@ from mdm.serve.command import serve
 from mdm.serve.limits import Limits
 from mdm.serve.models import name_of
 from mdm.serve.run import listen, open_service
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -37,42 +29,6 @@ def folder(tmp_path_factory):
     tiny_model("llama", len(vocab), layers=1).save_pretrained(place / "teacher")
     vocab.tokenizer.save_pretrained(place / "teacher")
     return place
-
-
-class Process:
-    """`mdm serve …` in a folder; its log is read as it comes."""
-
-    def __init__(self, folder, *arguments, **environment):
-        command = [sys.executable, "-m", "mdm.cli", "serve", "--port", "0", *map(str, arguments)]
-        own = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
-        self.process = subprocess.Popen(
-            command, cwd=folder, env=own, stderr=subprocess.PIPE, text=True
-        )
-        self.log: list[str] = []
-        self.url = ""
-        for line in self.process.stderr:
-            self.log.append(line)
-            if found := re.search(r"at (http://\S+)", line):
-                self.url = found[1]
-            if "startup complete" in line:
-                break
-        assert self.url, "".join(self.log)
-        self.reader = threading.Thread(target=lambda: self.log.extend(self.process.stderr))
-        self.reader.start()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.end(signal.SIGKILL)
-
-    def end(self, number=signal.SIGTERM):
-        if self.process.poll() is None:
-            self.process.send_signal(number)
-        code = self.process.wait(timeout=60)
-        self.reader.join()
-        self.process.stderr.close()
-        return code
 
 
 def test_serves_the_last_run_until_a_signal_and_finishes_what_is_in_work(folder):

@@ -7,10 +7,16 @@ forwards can be tested without any timing.
 from __future__ import annotations
 
 import contextlib
+import os
+import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import uvicorn
@@ -25,8 +31,8 @@ from mdm.serve.models import hold
 from mdm.serve.service import Service
 from mdm.vocab import read_vocab
 
+ROOT = Path(__file__).parent.parent
 WORKSPACE_MIB = 512
-JSON = {"content-type": "application/json"}
 
 
 def byte_vocab():
@@ -128,3 +134,39 @@ def eventually(condition, what: str, seconds: float = 30.0) -> None:
     while not condition():
         assert time.monotonic() < until, f"never: {what}"
         time.sleep(0.01)
+
+
+class Process:
+    """`mdm serve …` in a folder; its log is read as it comes."""
+
+    def __init__(self, folder, *arguments, **environment):
+        command = [sys.executable, "-m", "mdm.cli", "serve", "--port", "0", *map(str, arguments)]
+        own = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+        self.process = subprocess.Popen(
+            command, cwd=folder, env=own, stderr=subprocess.PIPE, text=True
+        )
+        self.log: list[str] = []
+        self.url = ""
+        for line in self.process.stderr:
+            self.log.append(line)
+            if found := re.search(r"at (http://\S+)", line):
+                self.url = found[1]
+            if "startup complete" in line:
+                break
+        assert self.url, "".join(self.log)
+        self.reader = threading.Thread(target=lambda: self.log.extend(self.process.stderr))
+        self.reader.start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.end(signal.SIGKILL)
+
+    def end(self, number=signal.SIGTERM):
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        code = self.process.wait(timeout=60)
+        self.reader.join()
+        self.process.stderr.close()
+        return code
