@@ -75,6 +75,7 @@ def requests(student):
 # --- a run with real processes -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_request_is_answered_and_counted_once(ran):
     record = ran[0]
     levels = record["results"]["levels"]
@@ -106,6 +107,7 @@ def test_every_request_is_answered_and_counted_once(ran):
             assert line["rows_per_pass"] == 1
 
 
+@pytest.mark.slow
 def test_both_sides_write_the_same(ran):
     """float32, the same seeds: neighbours, HTTP and the engine change no text."""
     results = ran[0]["results"]
@@ -119,6 +121,7 @@ def test_both_sides_write_the_same(ran):
     assert (over["texts_compared"], over["texts_different"]) == (16, 0)
 
 
+@pytest.mark.slow
 def test_ratios_are_those_of_the_sums(ran):
     results = ran[0]["results"]
     for line in results["ratios"]:
@@ -141,6 +144,7 @@ def test_ratios_are_those_of_the_sums(ran):
     assert over["overhead"] == pytest.approx(statistics.fmean(over["values"]))
 
 
+@pytest.mark.slow
 def test_a_soak_loses_nothing_and_leaves_nothing(ran):
     found = ran[0]["results"]["soak"]
     assert found["lost"] == found["rows_left"] == 0
@@ -157,6 +161,7 @@ def test_a_soak_loses_nothing_and_leaves_nothing(ran):
     assert found["resident_peak_bytes"] == max(resident)
 
 
+@pytest.mark.slow
 def test_the_record_says_how_it_was_made(ran, settings, student):
     record, path, told, _ = ran
     (line,) = path.read_text().splitlines()
@@ -173,6 +178,7 @@ def test_the_record_says_how_it_was_made(ran, settings, student):
     assert len(told) == 1 + 2 * 2 * 2 + 2 + 1  # start, rounds, overhead, soak
 
 
+@pytest.mark.slow
 def test_sides_take_turns_in_who_is_first(ran):
     rounds = [text.partition(": ")[2] for text in ran[2] if "concurrency" in text]
     assert rounds == [
@@ -187,11 +193,13 @@ def test_sides_take_turns_in_who_is_first(ran):
     ]
 
 
+@pytest.mark.slow
 def test_its_processes_are_gone(ran):
     assert len(ran[3]) >= 4  # two servers, the client, the library
     assert [process for process in ran[3] if process.is_running()] == []
 
 
+@pytest.mark.slow
 def test_tables_and_picture(ran, tmp_path):
     record = ran[0]
     *text, last = report.describe(record).splitlines()

@@ -143,7 +143,7 @@ def test_generate_json_has_everything(mdm_command, models):
     assert report["settings"] == {
         **{"steps": 4, "block_length": 4, "temperature": 0.7, "remasking": "entropy"},
         **{"cfg_scale": 0.5, "suppress_eos": False, "eos_last": True, "stop_at_eos": True},
-        **{"compat": "default", "top_p": 1.0},
+        **{"compat": "default", "top_p": 1.0, "threshold": None},
     }
     assert report["seed"] == 3
     assert report["seconds"] > 0

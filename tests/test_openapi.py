@@ -1,5 +1,6 @@
 """What the description of the API promises, tried with hundreds of generated requests."""
 
+import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode
@@ -44,6 +45,7 @@ def try_out(operation, mode, statuses):
     check()
 
 
+@pytest.mark.slow
 def test_answers_are_as_described():
     """No 5xx, statuses and bodies as described, wrong requests refused."""
     seen: dict[str, set[int]] = {}
