@@ -140,17 +140,6 @@ def _token_scores(
 # --- generation -------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class _Writer:
-    """One row that is being written."""
-
-    index: int
-    hole: Hole
-    random: torch.Generator
-    ids: list[int] = dataclasses.field(default_factory=list)
-    log_prob: float = 0.0
-
-
 def write(
     ar: Autoregressive,
     holes: Sequence[Hole],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, StringConstraints
 
 from mdm.canvas import SamplerSettings
 from mdm.likelihood import LikelihoodSettings
@@ -26,7 +26,11 @@ Stop = Annotated[
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 
-HOLE = {"prefix": "def add(a, b):\n    total = ", "suffix": "\n    return total", "span": 3}
+HOLE: dict[str, JsonValue] = {
+    "prefix": "def add(a, b):\n    total = ",
+    "suffix": "\n    return total",
+    "span": 3,
+}
 
 
 class Strict(BaseModel):

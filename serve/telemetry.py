@@ -27,6 +27,7 @@ class Telemetry:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.began = time.time()
+        self.highest = Reading(0, 0)
         self.process = psutil.Process()
         own = self.registry = CollectorRegistry()
         self.requests = Counter(
@@ -86,7 +87,6 @@ class Telemetry:
         self._finished, self._finished_s = 0, 0.0
         self._waiting: Callable[[], int] = lambda: 0
         self._rows_in_work: Callable[[], int] = lambda: 0
-        self.highest = Reading(0, 0)
 
     def _resident_bytes(self) -> int:
         return int(self.process.memory_info().rss)
