@@ -130,7 +130,8 @@ async def _validation_error(request: Request, error: Exception) -> JSONResponse:
     if first["type"] == "json_invalid":
         return _refuse(request, invalid("the body is not valid JSON", code="invalid_json"))
     if first["type"] == "extra_forbidden":
-        text = unknown("field", place[-1], known_fields(request.scope.get("route")))
+        known = known_fields(request.scope.get("route")) if len(place) == 1 else []
+        text = unknown("field", place[-1], known) if known else f"unknown field {param!r}"
         return _refuse(request, invalid(text, param=param, code="unknown_field"))
     return _refuse(request, invalid(f"{param or 'the body'}: {first['msg']}", param=param))
 

@@ -113,25 +113,25 @@ class Texts:
         return found
 
     def trajectory(self, job: Job) -> dict[str, Any]:
-        """The finished request for replay: what stood around the hole, and every step."""
+        """The finished request for replay: what stood around each hole, and every step."""
         decode = self.served.decoder.decode
-        hole = self.plan.holes[0]
+        rows = zip(self.plan.holes, self.results(), self.steps, strict=True)
         return {
             "id": job.id,
             "model": self.served.name,
             "created": int(time.time()),
             "seed": self.plan.seed,
-            "before": decode(hole.before),
-            "after": decode(hole.after),
-            "length": hole.length,
             "rows": [
                 {
                     "index": row,
+                    "before": decode(hole.before),
+                    "after": decode(hole.after),
+                    "length": hole.length,
                     "text": found.text,
                     "finish_reason": found.finish_reason,
                     "steps": steps,
                 }
-                for row, (found, steps) in enumerate(zip(self.results(), self.steps, strict=True))
+                for row, (hole, found, steps) in enumerate(rows)
             ],
         }
 
@@ -152,7 +152,7 @@ class Trajectories:
             self._kept.popitem(last=False)
 
     def _tokens(self) -> int:
-        return sum(one["length"] * len(one["rows"]) for one in self._kept.values())
+        return sum(row["length"] for one in self._kept.values() for row in one["rows"])
 
     def get(self, request_id: str) -> dict[str, Any] | None:
         return self._kept.get(request_id)

@@ -16,7 +16,6 @@ from mdm.denoiser import CHUNK_BYTES, Denoiser
 from mdm.errors import MdmError
 from mdm.generate import Hole, Request, encode, open_filling
 from mdm.likelihood import Likelihood, LikelihoodSettings, Pair
-from mdm.sampler import Key
 
 from .errors import as_serve_error, invalid, too_large
 from .jobs import Committed, FillUnit, Job, RowDone, Scored, StepsUnit, Unit
@@ -51,10 +50,6 @@ class Plan:
 def new_seed() -> int:
     """A seed for a request that names none; small enough for every JSON reader."""
     return secrets.randbelow(2**31)
-
-
-def stop_strings(stop: str | list[str]) -> tuple[str, ...]:
-    return (stop,) if isinstance(stop, str) else tuple(stop)
 
 
 # --- text to holes ---------------------------------------------------------------------------------
@@ -129,7 +124,7 @@ def check_size(served: Served, text: str, param: str) -> None:
     """Refuse, before it is tokenised, a text that cannot fit; and one that is not Unicode."""
     limit = LONGEST_TOKEN * served.max_length
     if len(text) > limit:
-        raise too_large(
+        raise invalid(
             f"{param} has {len(text)} characters, but the context of {served.name!r} holds"
             f" {served.max_length} tokens; shorten it",
             param=param,
@@ -146,7 +141,7 @@ def check_size(served: Served, text: str, param: str) -> None:
 
 def plan(
     served: Served,
-    hole: Hole,
+    prompts: Sequence[Hole],
     settings: SamplerSettings,
     limits: Limits,
     workspace: int,
@@ -156,13 +151,23 @@ def plan(
     telemetry: Telemetry,
     left_only: bool = False,
 ) -> Plan:
-    """Units for `n` texts of one hole. Raises ServeError if the model or the memory cannot take them."""
-    if n > limits.max_n:
-        raise too_large(f"n is {n}, but this server writes at most {limits.max_n} texts", param="n")
-    check_total(served, hole)
+    """Units for `n` texts of every hole, as one job: row prompt · n + i is the i-th of a prompt.
+
+    Raises ServeError if the server, the model or the memory cannot take them.
+    """
+    if len(prompts) * n > limits.max_n:
+        several = f"{len(prompts)} prompts and n = {n}" if len(prompts) > 1 else f"n = {n}"
+        raise too_large(
+            f"{several} are {len(prompts) * n} texts, but this server writes at most"
+            f" {limits.max_n} texts for a request",
+            param="prompt" if len(prompts) > limits.max_n else "n",
+        )
+    for hole in prompts:
+        check_total(served, hole)
     seed = new_seed() if seed is None else seed
-    keys: list[Key] = [(seed, row) for row in range(n)]
-    holes = [dataclasses.replace(hole, key=key) for key in keys]
+    # A row's key is its number, so that equal prompts do not get equal texts.
+    rows = [hole for hole in prompts for _ in range(n)]
+    holes = [dataclasses.replace(hole, key=(seed, row)) for row, hole in enumerate(rows)]
     units: list[Unit] = []
     try:
         if isinstance(served.model, Denoiser):
@@ -175,8 +180,9 @@ def plan(
     except MdmError as error:
         raise as_serve_error(error) from error
     needed = max(unit.step_bytes + unit.held_bytes for unit in units)
-    check_memory(served, hole, needed, workspace)
-    return Plan(served, holes, units, seed, len(hole.before) + len(hole.after), left_only, needed)
+    check_memory(served, max(prompts, key=lambda hole: hole.total), needed, workspace)
+    tokens = sum(len(hole.before) + len(hole.after) for hole in prompts)
+    return Plan(served, holes, units, seed, tokens, left_only, needed)
 
 
 def check_total(served: Served, hole: Hole) -> None:
@@ -277,7 +283,7 @@ def plan_request(
     refuse_diffusion_fields(served, request)
     return plan(
         served,
-        hole_of(served, request),
+        [hole_of(served, request)],
         sampler_of(request),
         limits,
         workspace,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -79,13 +80,14 @@ async def _events(
     service: Service, plan: Plan, following: Following, *, denoising: bool
 ) -> AsyncGenerator[str, None]:
     yield sse.event({"id": following.job.id, "model": plan.served.name, "seed": plan.seed})
-    async for item in service.items("/generate", plan, following):
-        if isinstance(item, Delta):
-            payload = _delta(item, denoising=denoising)
-            if payload is not None:
-                yield sse.event(payload)
-        else:
-            yield sse.event({"done": item.model_dump(mode="json")})
+    async with contextlib.aclosing(service.items("/generate", plan, following)) as items:
+        async for item in items:
+            if isinstance(item, Delta):
+                payload = _delta(item, denoising=denoising)
+                if payload is not None:
+                    yield sse.event(payload)
+            else:
+                yield sse.event({"done": item.model_dump(mode="json")})
 
 
 def _delta(delta: Delta, *, denoising: bool) -> dict[str, Any] | None:
@@ -160,7 +162,7 @@ def _plan_of(
     hole: Hole = intake.hole_of(served, body, left_only=True)
     return intake.plan(
         served,
-        hole,
+        [hole],
         settings,
         service.limits,
         service.workspace,

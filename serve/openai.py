@@ -15,16 +15,12 @@ from typing import Any, ClassVar
 
 from fastapi import APIRouter, Request
 
-from mdm.autoregressive import DecodingSettings
-from mdm.denoiser import Denoiser
-from mdm.errors import MdmError
 from mdm.generate import Hole
 
 from . import intake, sse
-from .errors import as_serve_error, invalid, too_large
+from .errors import invalid, too_large
 from .following import Delta, Following, connected
 from .intake import Plan
-from .jobs import Unit
 from .models import Served
 from .native import service_of
 from .openai_schemas import (
@@ -177,7 +173,7 @@ class _Chat:
         intake.check_size(served, "".join(one["content"] for one in messages), "messages")
         ids = served.encoder.encode_chat(messages)
         before = _opened(served, ids) if served.is_student else ids
-        return [Hole(tuple(before), self.body.length, (), intake.stop_strings(self.body.stop))]
+        return [Hole(tuple(before), self.body.length, (), tuple(self.body.stop))]
 
     def opening(self, index: int) -> dict[str, Any]:
         """The role comes first, by itself."""
@@ -239,39 +235,24 @@ def _opened(served: Served, ids: list[int]) -> list[int]:
 
 def _plan(service: Service, served: Served, asked: Asked) -> Plan:
     """`n` texts of every prompt as one job: it succeeds, fails and is cancelled as one."""
-    body, limits = asked.body, service.limits
-    texts = asked.num_prompts * body.n
-    if texts > limits.max_n:
-        raise too_large(
-            f"{asked.num_prompts} prompts and n = {body.n} are {texts} texts, but this server"
-            f" writes at most {limits.max_n} for a request",
-            param="prompt" if asked.num_prompts > limits.max_n else "n",
-        )
+    body = asked.body
     intake.refuse_diffusion_fields(served, body)
-    prompts, settings = asked.holes(served), intake.sampler_of(body)
-    for hole in prompts:
-        intake.check_total(served, hole)
-    seed = intake.new_seed() if body.seed is None else body.seed
-    # A row's key is its index, so that equal prompts do not get equal texts.
-    rows = [hole for hole in prompts for _ in range(body.n)]
-    holes = [dataclasses.replace(hole, key=(seed, row)) for row, hole in enumerate(rows)]
-    units: list[Unit] = []
-    try:
-        if isinstance(served.model, Denoiser):
-            for row, hole in enumerate(holes):
-                units.append(intake.fill_unit(served, served.model, row, hole, settings))
-        else:
-            decoding = DecodingSettings(settings.temperature, settings.top_p)
-            units.append(
-                intake.write_unit(served, served.model, holes, decoding, service.telemetry)
-            )
-    except MdmError as error:
-        raise as_serve_error(error) from error
-    needed = max(unit.step_bytes + unit.held_bytes for unit in units)
-    longest = max(prompts, key=lambda hole: hole.total)
-    intake.check_memory(served, longest, needed, service.workspace)
-    tokens = sum(len(hole.before) + len(hole.after) for hole in prompts)
-    return Plan(served, holes, units, seed, tokens, left_only=False, predicted=needed)
+    if asked.num_prompts > service.limits.max_n:  # before any of them is encoded
+        raise too_large(
+            f"{asked.num_prompts} prompts; this server writes at most {service.limits.max_n} texts"
+            " for a request",
+            param="prompt",
+        )
+    return intake.plan(
+        served,
+        asked.holes(served),
+        intake.sampler_of(body),
+        service.limits,
+        service.workspace,
+        n=body.n,
+        seed=body.seed,
+        telemetry=service.telemetry,
+    )
 
 
 # --- answering ---------------------------------------------------------------------------------------

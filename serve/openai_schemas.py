@@ -21,7 +21,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from .schemas import HOLE, MAX_TOKENS, Name, Sampling, Seed, Stats, StopString, Strict
+from .schemas import HOLE, MAX_TOKENS, Name, Sampling, Seed, Stats, Stop, Strict
 
 MOST_MESSAGES = 1024
 
@@ -102,10 +102,6 @@ Prompt = Annotated[
     | Annotated[list[Tokens], Field(fail_fast=True)],
     _form("a string, a list of strings, a list of token ids, or a list of lists of token ids"),
     AfterValidator(_not_empty),
-]
-Stop = Annotated[
-    StopString | Annotated[list[StopString], Field(max_length=16)],
-    _form("a string of 1 to 256 characters, or a list of at most 16 of them"),
 ]
 Content = Annotated[
     str,

@@ -173,10 +173,12 @@ class Service:
             sum(stats.forwards.values()),
         )
         if self.log_requests:
-            hole, decode = plan.holes[0], plan.served.decoder.decode
-            asked = {"before": decode(hole.before), "after": decode(hole.after)}
-            texts = [choice.text for choice in answer.choices]
-            log.info("%s %s", answer.id, json.dumps({**asked, "texts": texts}, ensure_ascii=False))
+            decode = plan.served.decoder.decode
+            rows = [
+                {"before": decode(hole.before), "text": choice.text, "after": decode(hole.after)}
+                for hole, choice in zip(plan.holes, answer.choices, strict=True)
+            ]
+            log.info("%s %s", answer.id, json.dumps(rows))  # ASCII: no line break of a stranger's
 
     def response(
         self, job_id: str, plan: Plan, found: list[Generation], usage: Usage

@@ -61,7 +61,7 @@ class Client:
 def plan(service, hole, settings=None, *, n=1, seed=0, served=None):
     return intake.plan(
         served or service.student,
-        hole,
+        [hole],
         settings or SamplerSettings(),
         service.limits,
         service.workspace,
