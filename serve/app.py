@@ -7,6 +7,7 @@ import importlib.metadata
 import logging
 from collections.abc import AsyncIterator, Collection
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -74,6 +75,7 @@ def make_app(
     async def docs() -> FileResponse:
         return FileResponse(WEB / "docs.html")
 
+    app.openapi = lambda: _description(app)  # type: ignore[method-assign]
     app.add_exception_handler(MdmError, _mdm_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
@@ -93,6 +95,17 @@ def make_app(
         max_bytes=limits.max_body_bytes,
         most=4 * (limits.max_queue + limits.max_rows),
     )
+
+
+def _description(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's description, less the status 422 that it adds and that we answer as 400."""
+    description = FastAPI.openapi(app)
+    for methods in description["paths"].values():
+        for operation in methods.values():
+            operation["responses"].pop("422", None)
+    for name in ("HTTPValidationError", "ValidationError"):
+        description["components"]["schemas"].pop(name, None)
+    return description
 
 
 def _answer(error: ServeError) -> JSONResponse:

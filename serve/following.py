@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import math
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
@@ -95,7 +96,10 @@ class Texts:
                 "positions": list(event.positions),
                 "token_ids": list(event.tokens),
                 "tokens": [self.served.decoder.decode([token]) for token in event.tokens],
-                "confidence": [round(value, 4) for value in event.confidence],
+                # An end token that eos_last puts off has confidence -inf, which JSON does not know.
+                "confidence": [
+                    round(value, 4) if math.isfinite(value) else None for value in event.confidence
+                ],
             }
             self.steps[event.row].append(step)
             text = self.rows[event.row].add(event.positions, event.tokens)

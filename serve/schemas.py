@@ -92,7 +92,7 @@ DIFFUSION_ONLY = tuple(
 )
 
 
-class GenerateRequest(Text, Sampling):
+class GenerateRequest(Sampling, Text):
     """A prompt to continue, or prefix, suffix and span to fill."""
 
     model_config = ConfigDict(
@@ -238,7 +238,7 @@ class ScoreResponse(BaseModel):
     stats: Stats
 
 
-class CompareRequest(Text, Sampling):
+class CompareRequest(Sampling, Text):
     """One prompt for student and teacher; settings of the sampler hold for the student alone."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [HOLE]})

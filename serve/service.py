@@ -292,6 +292,7 @@ class Service:
                     "device": str(served.model.device),
                     "max_length": served.max_length,
                     "fills_holes": served.fills_holes,
+                    "chat": bool(served.decoder.tokenizer.chat_template),
                     "weights": served.weights,
                 }
                 for served in self.models.values()

@@ -174,6 +174,40 @@ def test_a_finished_request_can_be_replayed(server):
     assert error(server.get("/generate/nothing/trajectory"), 404)["code"] == "trajectory_not_found"
 
 
+def test_an_end_token_that_was_put_off_has_no_confidence():
+    """Its confidence is -inf, which is no JSON; a student that says nothing else."""
+    service = tiny_service()
+    denoiser = service.student.model
+    real, end = denoiser.raw_head, denoiser.vocab.eos_id
+
+    def only_the_end(rows_ND):
+        logits_NV = real(rows_ND)
+        logits_NV[:, end] += 1000
+        return logits_NV
+
+    denoiser.raw_head = only_the_end
+    with running(service) as url, client(url) as http:
+        body = {"prompt": "a", "gen_length": 3, "eos_last": True, "denoising": True}
+        steps = [e["denoising"] for e in stream(http, body) if "denoising" in e]
+        assert [step["confidence"] for step in steps] == [[None]] * len(steps) != []
+        done = ok(http.post("/generate", json={"prompt": "a", "gen_length": 3, "eos_last": True}))
+        assert done["choices"][0]["text"] == ""
+        assert ok(http.get(f"/generate/{done['id']}/trajectory"))["rows"][0]["steps"]
+
+
+def test_a_wrong_request_is_described_as_400(server):
+    description = ok(server.get("/openapi.json"))
+    answers = [
+        operation["responses"]
+        for methods in description["paths"].values()
+        for operation in methods.values()
+    ]
+    assert not any("422" in one for one in answers)
+    assert "HTTPValidationError" not in description["components"]["schemas"]
+    fields = list(description["components"]["schemas"]["GenerateRequest"]["properties"])
+    assert fields[:4] == ["prompt", "prefix", "suffix", "span"]
+
+
 def test_old_trajectories_are_forgotten():
     for kept, expected in ((2, [404, 200, 200]), (0, [404] * 3)):
         with running(tiny_service(trajectories=kept)) as url, client(url) as http:

@@ -140,7 +140,8 @@ function finish(answer) {
 async function loadReplay(id, signal) {
   try {
     const kept = await getJson(`/generate/${id}/trajectory`, signal);
-    player.replace(kept, kept.rows[0].steps);
+    const [row] = kept.rows;
+    player.replace(row, row.steps);
   } catch (error) {
     if (error.code !== "trajectory_not_found") throw error;
     say(`${byId("status").textContent} The server keeps no replays; this one is the page's own.`);
@@ -186,6 +187,8 @@ function showModel() {
   if (!model.fills_holes) facts.push("sees the text before a hole only");
   byId("model-info").textContent = facts.join(" · ");
   byId("diffusion").disabled = model.kind === "teacher";
+  byId("chat").disabled = !model.chat;
+  if (!model.chat) byId("chat").checked = false;
 }
 
 // --- tabs, keys, the first look --------------------------------------------------------------------
