@@ -173,8 +173,8 @@ def scoring(
     pairs: Sequence[Pair],
     settings: LikelihoodSettings,
     done: Callable[[int, Likelihood], None],
-) -> Iterator[None]:
-    """`log_likelihood` bit by bit: yields after every forward (for block models: after every pair)."""
+) -> Iterator[int]:
+    """`log_likelihood` bit by bit: yields the rows of every forward (block models: 1 for every pair)."""
     for pair in pairs:
         check_pair(pair, denoiser.max_length, denoiser.mask_id)
     if settings.estimator == ORDER:
@@ -189,13 +189,12 @@ def _by_masks(
     pairs: Sequence[Pair],
     settings: LikelihoodSettings,
     done: Callable[[int, Likelihood], None],
-) -> Iterator[None]:
+) -> Iterator[int]:
     names = [resolve(settings, len(pair.answer)) for pair in pairs]
-    plans = [
-        _draw(name, len(pair.answer), settings, pair.key)
-        for name, pair in zip(names, pairs, strict=True)
-    ]
-    rows = _rows(denoiser, pairs, plans)
+    for name, pair in zip(names, pairs, strict=True):
+        _check_exact(name, len(pair.answer), settings)
+    plans: dict[int, Masks] = {}  # of the pairs in work: drawn when their rows are due
+    rows = _rows(pairs, names, settings, plans)
     found: list[list[torch.Tensor]] = [[] for _ in pairs]
     for batch in token_log_probs(
         denoiser, rows, cfg_scale=settings.cfg_scale, batch_tokens=settings.batch_tokens
@@ -208,6 +207,7 @@ def _by_masks(
             log_probs_RA = torch.zeros(masks.masked_RL.shape, dtype=torch.float64)
             log_probs_RA[masks.masked_RL] = torch.cat(found[index]).double()
             found[index] = []
+            del plans[index]
             result = Likelihood(
                 value=masks.value(log_probs_RA),
                 std_err=ESTIMATORS[names[index]].std_err(masks, log_probs_RA),
@@ -217,7 +217,7 @@ def _by_masks(
                 is_bound=len(pairs[index].answer) > 1,
             )
             done(index, result)
-        yield
+        yield len(batch)
 
 
 def resolve(settings: LikelihoodSettings, length: int) -> str:
@@ -227,21 +227,32 @@ def resolve(settings: LikelihoodSettings, length: int) -> str:
     return "exact" if length < 60 and 2**length - 1 <= settings.mc_samples else "stratified"
 
 
-def _draw(name: str, length: int, settings: LikelihoodSettings, key: str, block: int = 0) -> Masks:
+def _check_exact(name: str, length: int, settings: LikelihoodSettings) -> None:
+    """Raise RequestError if all masks are asked for and there are too many."""
     if name == "exact" and (length >= 60 or 2**length - 1 > settings.mc_samples):
         raise RequestError(
             f"{length} tokens have 2^{length} - 1 masks, more than mc_samples = {settings.mc_samples};"
             " raise mc_samples, or use estimator auto or stratified"
         )
+
+
+def _draw(name: str, length: int, settings: LikelihoodSettings, key: str, block: int = 0) -> Masks:
+    _check_exact(name, length, settings)
     random = generator("likelihood", settings.seed, key, block)
     return ESTIMATORS[name].draw(length, settings.mc_samples, random)
 
 
-def _rows(denoiser: Denoiser, pairs: Sequence[Pair], plans: Sequence[Masks]) -> Iterator[Row]:
-    """Every masked row of every pair, pairs of like length together."""
+def _rows(
+    pairs: Sequence[Pair],
+    names: Sequence[str],
+    settings: LikelihoodSettings,
+    plans: dict[int, Masks],
+) -> Iterator[Row]:
+    """Every masked row of every pair, pairs of like length together; `plans` keeps their masks."""
     by_length = sorted(range(len(pairs)), key=lambda i: len(pairs[i].prompt) + len(pairs[i].answer))
     for index in by_length:
-        pair, plan = pairs[index], plans[index]
+        pair = pairs[index]
+        plan = plans[index] = _draw(names[index], len(pair.answer), settings, pair.key)
         x0_L = torch.tensor(pair.prompt + pair.answer)
         start = len(pair.prompt)
         given_L = torch.arange(len(x0_L)) < start
@@ -256,7 +267,7 @@ def _by_blocks(
     pairs: Sequence[Pair],
     settings: LikelihoodSettings,
     done: Callable[[int, Likelihood], None],
-) -> Iterator[None]:
+) -> Iterator[int]:
     if settings.cfg_scale > 0:
         raise RequestError(
             f"guidance (cfg_scale = {settings.cfg_scale}) has no meaning for the likelihood of a"
@@ -286,7 +297,7 @@ def _by_blocks(
             is_bound=any(block.stop - block.start > 1 for block in grid),
         )
         done(index, result)
-        yield
+        yield 1
 
 
 def _by_order(
@@ -294,7 +305,7 @@ def _by_order(
     pairs: Sequence[Pair],
     settings: LikelihoodSettings,
     done: Callable[[int, Likelihood], None],
-) -> Iterator[None]:
+) -> Iterator[int]:
     if denoiser.block_size is not None:
         raise RequestError("estimator order needs a full-canvas model; this one has blocks")
 

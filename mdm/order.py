@@ -53,10 +53,10 @@ def decoding_order_steps(
     cfg_scale: float = 0.0,
     batch_tokens: int = 4096,
     done: Callable[[int, float, int, bool], None],
-) -> Iterator[None]:
+) -> Iterator[int]:
     """`done(i, log p in nats, forwards, greedy)` for each (prompt, answer); one forward a token.
 
-    Yields after every forward. `rule` (low_confidence, margin, entropy) rates positions by their
+    Yields the rows of every forward. `rule` (low_confidence, margin, entropy) rates positions by their
     greedy proposal; ties go to the left. `greedy`: every token was the likeliest when its position came up.
     """
     walks = []
@@ -71,11 +71,12 @@ def decoding_order_steps(
     for batch in by_length([len(walk.ids_L) for walk in walks], batch_tokens // passes):
         active = [walks[index] for index in batch]
         while active:
+            rows = len(active)
             _step(denoiser, active, rule, cfg_scale)
             for walk in [walk for walk in active if not walk.blocks]:
                 active.remove(walk)
                 done(walk.index, walk.value, walk.steps * passes, walk.greedy)
-            yield
+            yield rows
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ corpora is encoded with special tokens disabled, so a literal "<|mask|>" in a fi
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -39,6 +40,17 @@ class Vocab:
 
     def __len__(self) -> int:
         return len(self.tokenizer)
+
+    @functools.cached_property
+    def byte_ids(self) -> frozenset[int]:
+        """Tokens that stand for one byte each (byte fallback of sentencepiece); often none.
+
+        A run of them is decoded as a whole, so its text can change with the next one.
+        """
+        form = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+        return frozenset(
+            i for token, i in self.tokenizer.get_vocab().items() if form.fullmatch(token)
+        )
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text: no special token is added and none is recognised in the text."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib.metadata
 import logging
@@ -36,14 +37,12 @@ def make_app(
     keys: Collection[str] = (),
     hosts: Collection[str] | None = None,
     origins: Collection[str] = (),
-    drain_s: float = 30.0,
 ) -> App:
     """The whole server as an ASGI app.
 
     keys     API keys; none = no key is asked for
     hosts    names it may be called by; None = any
     origins  web origins whose pages may call it (CORS); none = its own page only
-    drain_s  seconds that requests in work get when it shuts down
     """
 
     @contextlib.asynccontextmanager
@@ -52,7 +51,7 @@ def make_app(
         try:
             yield
         finally:
-            service.engine.stop(drain_s)
+            await asyncio.to_thread(service.engine.stop)
 
     app = FastAPI(
         title="mdm",
@@ -67,6 +66,7 @@ def make_app(
     app.include_router(openai.router)
     app.mount("/web", StaticFiles(directory=WEB), name="web")
 
+    @app.head("/", include_in_schema=False)
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
         return FileResponse(WEB / "index.html")
@@ -80,20 +80,25 @@ def make_app(
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _any_error)
-    if origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=list(origins),
-            allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type"],
-        )
     limits = service.limits
-    return Guards(
+    guarded = Guards(
         app,
         keys=keys,
         hosts=hosts,
+        origins=origins,
         max_bytes=limits.max_body_bytes,
         most=4 * (limits.max_queue + limits.max_rows),
+        refused=lambda error: service.telemetry.not_finished("refused", error),
+    )
+    if not origins:
+        return guarded
+    # Outermost, so that a refusal too can be read by the pages that are allowed.
+    return CORSMiddleware(
+        guarded,
+        allow_origins=list(origins),
+        allow_methods=["GET", "POST"],
+        allow_headers=["authorization", "content-type"],
+        expose_headers=["retry-after"],
     )
 
 
@@ -103,6 +108,8 @@ def _description(app: FastAPI) -> dict[str, Any]:
     for methods in description["paths"].values():
         for operation in methods.values():
             operation["responses"].pop("422", None)
+    description["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    description["security"] = [{}, {"key": []}]  # a key only if the server has any
     for name in ("HTTPValidationError", "ValidationError"):
         description["components"]["schemas"].pop(name, None)
     return description
@@ -118,7 +125,8 @@ def _refuse(request: Request, error: ServeError) -> JSONResponse:
     route = request.scope.get("route")
     endpoint = getattr(route, "path", "other")
     service: Service = request.app.state.service
-    service.telemetry.not_finished(endpoint, error)
+    if "mdm.refused" not in request.scope:  # by the guards, who count it and answer
+        service.telemetry.not_finished(endpoint, error)
     log.info("%s: %d %s", endpoint, error.status, error.code)
     return _answer(error)
 

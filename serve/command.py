@@ -85,9 +85,16 @@ def serve(
     )
     keys = read_keys(api_key_file)
     check_access(host, keys, open_to_all=open_to_all)  # before the models are loaded
+    from mdm.errors import ConfigError
     from mdm.runs import last_finished
 
-    from .run import listen, open_service, run
+    try:
+        from .run import listen, open_service, run
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"mdm serve needs the package {error.name}; install the extra: pip install"
+            " 'mdm-code[serve]'"
+        ) from error
 
     with listen(host, port) as listener:
         if model is None:

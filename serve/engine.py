@@ -12,10 +12,12 @@ import logging
 import math
 import threading
 import time
+import traceback
 from collections.abc import Sequence
 
 import torch
 
+from mdm.canvas import Commit
 from mdm.denoiser import Denoiser
 from mdm.sampler import take_step
 
@@ -36,8 +38,13 @@ log = logging.getLogger("mdm.serve")
 
 # Rows of unlike length share a forward while no more than this part of it is padding.
 MAX_PADDING = 0.25
-# So many forwards in a row that fail, and the engine calls itself ill.
+# So many forwards in a row that fail, and the engine calls itself ill; for so long.
 ILL_AFTER = 5
+ILL_FOR_S = 30.0
+# After running out of memory forwards are planned half as large, and grow again by so much each.
+GROW = 1.005
+
+Row = tuple[Job, FillUnit]
 
 
 class Engine:
@@ -58,11 +65,13 @@ class Engine:
     ) -> None:
         self.denoiser, self.footprint = denoiser, footprint
         self.limits, self.workspace = limits, workspace
+        self.share = 1.0  # of the workspace that forwards are planned for; less after a failure
         self.telemetry = telemetry
         self.meter = PeakMeter(denoiser.device)
         telemetry.watch(lambda: self.waiting, lambda: self.rows_in_work)
-        self.draining = False
         self.failures = 0  # forwards that failed since the last one that did not
+        self.failed_at = -math.inf
+        self._end_by = math.inf  # when those in work are given up; finite while draining
         self._jobs: list[Job] = []  # in order of arrival
         self._stopping = False
         self._wake = threading.Condition()
@@ -74,10 +83,16 @@ class Engine:
         """Begin to work."""
         self._thread.start()
 
-    def submit(self, job: Job) -> None:
-        """Take on a job. Raises ServeError if the queue is full or the server shuts down."""
+    def submit(self, job: Job, *, follows: bool = False) -> None:
+        """Take on a job. Raises ServeError if the queue is full or the server shuts down.
+
+        `follows`: it is the second half of a request that was taken on.
+        """
         with self._wake:
-            self.check_room()
+            if self._stopping:
+                raise shutting_down()
+            if not follows:
+                self.check_room()
             self._jobs.append(job)
             self._wake.notify()
 
@@ -87,21 +102,25 @@ class Engine:
             raise shutting_down()
         jobs = list(self._jobs)
         waiting = sum(job.started is None for job in jobs)
-        places = sum(len(job.running) + len(job.units) for job in jobs)
+        places = sum(unit.places for job in jobs for unit in (*job.running, *job.units))
         if waiting >= self.limits.max_queue and places >= self.limits.max_rows:
             raise queue_full(waiting, self.limits.max_queue, self._retry_after(waiting))
 
-    def drain(self) -> None:
-        """Refuse new jobs; those that are here are finished."""
-        with self._wake:
-            self.draining = True
+    @property
+    def draining(self) -> bool:
+        """Are new jobs refused?"""
+        return self._end_by < math.inf
 
-    def stop(self, grace_s: float = 0.0) -> None:
-        """Refuse new jobs, give the others `grace_s` seconds to finish, end the thread."""
-        self.drain()
-        until = time.monotonic() + grace_s
-        while self._jobs and time.monotonic() < until and self._thread.is_alive():
-            time.sleep(0.01)
+    def drain(self, seconds: float) -> None:
+        """Refuse new jobs; those that are here may go on for so long.
+
+        Takes no lock, so that a signal handler can call it.
+        """
+        self._end_by = min(self._end_by, time.monotonic() + seconds)
+
+    def stop(self) -> None:
+        """End the thread; who is still in work is told."""
+        self.drain(0)
         with self._wake:
             self._stopping = True
             self._wake.notify()
@@ -110,10 +129,10 @@ class Engine:
 
     @property
     def illness(self) -> str | None:
-        """Why the engine cannot work, or None."""
+        """Why the engine cannot work, or None. It is tried again after a while."""
         if not self._thread.is_alive():
             return "the engine's thread has ended"
-        if self.failures >= ILL_AFTER:
+        if self.failures >= ILL_AFTER and time.monotonic() - self.failed_at < ILL_FOR_S:
             return f"the last {self.failures} forwards failed"
         return None
 
@@ -125,7 +144,7 @@ class Engine:
     @property
     def rows_in_work(self) -> int:
         """Texts and likelihoods in work now."""
-        return sum(len(job.running) for job in list(self._jobs))
+        return sum(unit.places for job in list(self._jobs) for unit in list(job.running))
 
     def _retry_after(self, waiting: int) -> int:
         """Seconds until the queue has moved on by as much as is waiting, as far as one can tell."""
@@ -145,14 +164,14 @@ class Engine:
                 self._round()
             except Exception as error:  # the edge: no request may take the server down
                 log.exception("a round of the engine failed")
-                self.failures += 1
+                self._note_failure()
                 for job in list(self._jobs):
                     self._end(job, Failed(as_serve_error(error)))
 
     def _round(self) -> None:
         """One forward for every row in work."""
         for job in list(self._jobs):
-            if self._stopping:
+            if self._stopping or time.monotonic() > self._end_by:
                 self._end(job, Failed(shutting_down()))
             elif job.cancelled:
                 self._end(job, Failed(cancelled()))
@@ -171,35 +190,39 @@ class Engine:
     def _admit(self) -> None:
         """Start units while there is room: first of the request with the fewest in work, then the oldest.
 
-        One that does not fit into memory now is waited for, so that small ones cannot keep it out.
+        One that does not fit now is waited for, so that small ones cannot keep it out.
         """
         while True:
             with_more = [job for job in self._jobs if job.units]
-            running = [unit for job in self._jobs for unit in job.running]
-            if not with_more or len(running) >= self.limits.max_rows:
+            if not with_more:
                 return
             job = min(with_more, key=lambda job: len(job.running))
-            unit = job.units[0]
-            held = unit.held_bytes + sum(one.held_bytes for one in running)
-            step = max(unit.step_bytes, max((one.step_bytes for one in running), default=0))
-            if running and held + step > self.workspace:
+            if not self._has_room(job.units[0]):
                 return
-            job.units.popleft()
-            job.running.append(unit)
+            job.running.append(job.units.popleft())
             if job.started is None:
                 job.started = time.monotonic()
                 job.usage.queue_s = job.started - job.arrived
 
-    def _groups(self, units: Sequence[tuple[Job, FillUnit]]) -> list[list[tuple[Job, FillUnit]]]:
+    def _has_room(self, unit: Unit) -> bool:
+        """Is there a place and memory for it? For one that is alone there always is."""
+        running = [one for job in self._jobs for one in job.running]
+        if not running:
+            return True
+        if sum(one.places for one in running) + unit.places > self.limits.max_rows:
+            return False
+        held = unit.held_bytes + sum(one.held_bytes for one in running)
+        return held + max(one.step_bytes for one in (*running, unit)) <= self.workspace
+
+    def _groups(self, rows: Sequence[Row]) -> list[list[Row]]:
         """Rows that go into one forward: of like length, within the memory and the tokens allowed."""
         held = sum(unit.held_bytes for job in self._jobs for unit in job.running)
-        groups: list[list[tuple[Job, FillUnit]]] = []
-        for job, unit in sorted(units, key=lambda pair: -pair[1].length):
-            last = groups[-1] if groups else None
-            if last is not None and self._fits([one for _, one in last] + [unit], held):
-                last.append((job, unit))
+        groups: list[list[Row]] = []
+        for row in sorted(rows, key=lambda row: -row[1].length):
+            if groups and self._fits([unit for _, unit in (*groups[-1], row)], held):
+                groups[-1].append(row)
             else:
-                groups.append([(job, unit)])
+                groups.append([row])
         return groups
 
     def _fits(self, units: Sequence[FillUnit], held: int) -> bool:
@@ -208,19 +231,23 @@ class Engine:
         used = sum(unit.rows * unit.length for unit in units)
         if rows * longest > self.limits.batch_tokens or used < (1 - MAX_PADDING) * rows * longest:
             return False
+        return held + self._step_bytes(units) <= self.share * self.workspace
+
+    def _step_bytes(self, units: Sequence[FillUnit]) -> int:
+        """Predicted memory of one forward for all of them."""
+        longest = max(unit.length for unit in units)
         largest = max(units, key=lambda unit: unit.choice_bytes)
-        needed = self.footprint.step_bytes(
-            rows,
+        return self.footprint.step_bytes(
+            sum(unit.rows for unit in units),
             longest,
             sum(unit.logits for unit in units),
             largest.outputs,
             largest.filling.canvas.settings,
             padded=any(unit.length < longest for unit in units),
         )
-        return held + needed <= self.workspace
 
-    def _fill(self, group: Sequence[tuple[Job, FillUnit]]) -> None:
-        """One forward for these rows. If it fails, each is tried alone, and fails alone."""
+    def _fill(self, group: Sequence[Row]) -> None:
+        """One forward for these rows. If it fails, it is tried in halves; a row fails alone."""
         group = [(job, unit) for job, unit in group if not job.ended]
         if not group:
             return
@@ -228,43 +255,47 @@ class Engine:
         before = [unit.filling.canvas.nfe for _, unit in group]
         self.meter.reset()
         began = time.monotonic()
+        problem: Exception | None = None
         try:
             commits = take_step(self.denoiser, canvases)
         except Exception as error:  # noqa: BLE001  the edge: it fails this row's request only
-            self._recover(error)
-            if len(group) > 1:
-                for pair in group:
-                    self._fill([pair])
+            problem = _without_frames(error)
+        if problem is not None:  # out here nothing holds the tensors of the failed forward
+            self._recover(problem, group)
+            half = len(group) // 2
+            if half:
+                self._fill(group[:half])
+                self._fill(group[half:])
             else:
-                self._fail(group[0][0], error)
+                self._fail(group[0][0], problem)
             return
         seconds, reading = time.monotonic() - began, self.meter.read()
         self.failures = 0
+        self.share = min(1.0, self.share * GROW)
         self.telemetry.forward("denoise", len(group), seconds, reading)
         for job in {id(job): job for job, _ in group}.values():
             job.usage.note_pass(seconds, len(group), reading)
         decided = {commit.row: commit for commit in commits}
         for number, (job, unit) in enumerate(group):
-            canvas, commit = unit.filling.canvas, decided[number]
-            forwards = canvas.nfe - before[number]
-            job.usage.note("denoise", forwards, forwards * unit.length)
-            self.telemetry.count_forwards(job.model, "denoise", forwards, forwards * unit.length)
-            self._tell(
-                job,
-                Committed(
-                    unit.row,
-                    unit.forward,
-                    job.age,
-                    tuple(place - unit.start for place in commit.positions_k.tolist()),
-                    tuple(commit.tokens_k.tolist()),
-                    tuple(commit.confidence_k.tolist()),
-                ),
-            )
-            unit.forward += 1
-            generation = unit.filling.follow(self.denoiser.vocab, commit)
-            if generation is not None:
-                self._tell(job, RowDone(unit.row, generation))
-                self._finish(job, unit)
+            try:
+                self._deliver(job, unit, decided[number], canvases[number].nfe - before[number])
+            except Exception as error:  # noqa: BLE001  the edge, as above
+                self._fail(job, _without_frames(error))
+
+    def _deliver(self, job: Job, unit: FillUnit, commit: Commit, forwards: int) -> None:
+        """Tell what one forward decided in one row, and its text if that was the last."""
+        if job.ended:
+            return
+        job.usage.note("denoise", forwards, forwards * unit.length)
+        self.telemetry.count_forwards(job.model, "denoise", forwards, forwards * unit.length)
+        positions = tuple(place - unit.start for place in commit.positions_k.tolist())
+        tokens, confidence = tuple(commit.tokens_k.tolist()), tuple(commit.confidence_k.tolist())
+        self._tell(job, Committed(unit.row, unit.forward, job.age, positions, tokens, confidence))
+        unit.forward += 1
+        generation = unit.filling.follow(self.denoiser.vocab, commit)
+        if generation is not None:
+            self._tell(job, RowDone(unit.row, generation))
+            self._finish(job, unit)
 
     def _advance(self, job: Job, unit: StepsUnit) -> None:
         """One forward of a process of its own."""
@@ -272,45 +303,61 @@ class Engine:
             return
         self.meter.reset()
         began = time.monotonic()
+        problem: Exception | None = None
         try:
             if unit.iterator is None:
                 unit.iterator = unit.advance(job)
-            next(unit.iterator)
-        except StopIteration:
-            self._finish(job, unit)
-            return
+            one = next(unit.iterator)
         except Exception as error:  # noqa: BLE001  the edge: it fails this request only
-            self._recover(error)
-            self._fail(job, error)
+            problem = _without_frames(error)
+        if problem is not None:
+            self._recover(problem, ())
+            self._fail(job, problem)
             return
         self.failures = 0
         seconds, reading = time.monotonic() - began, self.meter.read()
-        job.usage.note_pass(seconds, 1, reading)
-        self.telemetry.forward(job.kind, 1, seconds, reading)
+        job.usage.note_pass(seconds, one.rows, reading)
+        self.telemetry.forward(one.kind, one.rows, seconds, reading)
+        if one.last:
+            self._finish(job, unit)
 
     # --- ends --------------------------------------------------------------------------------------
 
     def _finish(self, job: Job, unit: Unit) -> None:
         job.running.remove(unit)
+        unit.close()
         if not job.running and not job.units:
             job.usage.total_s = job.age
             self._end(job, JobDone(job.usage))
 
     def _fail(self, job: Job, error: Exception) -> None:
         answer = as_serve_error(error)
-        if answer.status >= 500:
-            self.failures += 1
-            log.error("request %s failed", job.id, exc_info=error)
+        if is_out_of_memory(error):  # the fault of what was asked, not of the engine
+            log.error("request %s ran out of memory", job.id)
+        elif answer.status >= 500:
+            self._note_failure()
+            log.error("request %s failed: %s", job.id, "".join(_told(error)))
         self._end(job, Failed(answer))
 
-    def _recover(self, error: Exception) -> None:
-        """Give memory back before anything is tried again."""
-        if is_out_of_memory(error) and self.denoiser.device.type == "cuda":
+    def _note_failure(self) -> None:
+        self.failures += 1
+        self.failed_at = time.monotonic()
+
+    def _recover(self, error: Exception, group: Sequence[Row]) -> None:
+        """Give memory back before anything is tried again, and plan smaller forwards for a while."""
+        if not is_out_of_memory(error):
+            return
+        if len(group) > 1:
+            half = self._step_bytes([unit for _, unit in group[: (len(group) + 1) // 2]])
+            self.share = min(self.share, half / self.workspace)
+        if self.denoiser.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _end(self, job: Job, event: Event) -> None:
         """Forget the job: its places are free for the next round."""
         job.ended = True
+        for unit in job.running:
+            unit.close()
         job.running.clear()
         job.units.clear()
         with self._wake:
@@ -323,3 +370,15 @@ class Engine:
             job.listener(event)
         except RuntimeError:  # its event loop is closed; nobody listens any more
             job.cancel()
+
+
+def _without_frames(error: Exception) -> Exception:
+    """The error, its traceback as text; the frames would keep the tensors of a failed forward."""
+    error.add_note("".join(traceback.format_tb(error.__traceback__)))
+    traceback.clear_frames(error.__traceback__)
+    return error.with_traceback(None)
+
+
+def _told(error: Exception) -> list[str]:
+    """Type, text and notes of an error, for the log of the server."""
+    return [*getattr(error, "__notes__", []), f"{type(error).__name__}: {error}"]

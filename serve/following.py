@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from mdm.generate import Generation
+from mdm.vocab import Vocab
 
 from .committed import CommittedText
 from .engine import Engine
@@ -45,7 +46,15 @@ class Following:
     """
 
     def __init__(
-        self, engine: Engine, kind: str, served: Served, units: Sequence[Unit], timeout_s: float
+        self,
+        engine: Engine,
+        kind: str,
+        served: Served,
+        units: Sequence[Unit],
+        timeout_s: float,
+        *,
+        arrived: float | None = None,
+        follows: bool = False,
     ) -> None:
         loop = asyncio.get_running_loop()
         self.events: asyncio.Queue[Event] = asyncio.Queue()
@@ -53,11 +62,13 @@ class Following:
         def listen(event: Event) -> None:  # in the engine's thread
             loop.call_soon_threadsafe(self.events.put_nowait, event)
 
-        self.job = Job.of(kind, served.name, units, listen, timeout_s)
+        self.job = Job.of(kind, served.name, units, listen, timeout_s, arrived)
         self.done: JobDone | None = None
-        engine.submit(self.job)
+        self.begun = False  # has anybody begun to follow it?
+        engine.submit(self.job, follows=follows)
 
     def __enter__(self) -> Following:
+        self.begun = True
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -95,7 +106,7 @@ class Texts:
                 "seconds": round(event.seconds, 4),
                 "positions": list(event.positions),
                 "token_ids": list(event.tokens),
-                "tokens": [self.served.decoder.decode([token]) for token in event.tokens],
+                "tokens": [shown(self.served.decoder, token) for token in event.tokens],
                 # An end token that eos_last puts off has confidence -inf, which JSON does not know.
                 "confidence": [
                     round(value, 4) if math.isfinite(value) else None for value in event.confidence
@@ -138,6 +149,12 @@ class Texts:
                 for row, (hole, found, steps) in enumerate(rows)
             ],
         }
+
+
+def shown(vocab: Vocab, token: int) -> str:
+    """The text of one token by itself; some decoders leave out the space it begins with."""
+    text = vocab.decode([token])
+    return f" {text}" if vocab.token(token).startswith("▁") and text[:1] != " " else text
 
 
 class Trajectories:

@@ -42,8 +42,10 @@ class Guards:
 
     keys       any of them opens it; none = no key is asked for
     hosts      names a request may call the server by; None = any
+    origins    whose pages may ask it, besides its own
     max_bytes  of a body
     most       requests at a time, whatever they are; each may hold a body in memory
+    refused    told of every request that comes no further
     """
 
     def __init__(
@@ -52,14 +54,18 @@ class Guards:
         *,
         keys: Collection[str],
         hosts: Collection[str] | None,
+        origins: Collection[str],
         max_bytes: int,
         most: int,
+        refused: Callable[[ServeError], None] = lambda error: None,
     ) -> None:
         self.app = app
+        self.refused = refused
         self.most = most
         self.open = 0
         self.keys = [key.encode() for key in keys]
         self.hosts = None if hosts is None else frozenset(host.lower() for host in hosts)
+        self.origins = frozenset(origin.lower() for origin in origins)
         self.max_bytes = max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -69,11 +75,13 @@ class Guards:
         headers = {name.lower(): value for name, value in scope["headers"]}
         problem = (
             self._wrong_host(headers)
+            or self._strange_page(scope, headers)
             or self._no_key(scope, headers)
             or self._too_large(headers.get(b"content-length"))
             or self._too_many(scope)
         )
         if problem is not None:
+            self.refused(problem)
             await answer(problem, send)
             return
         self.open += 1
@@ -94,6 +102,7 @@ class Guards:
             taken += len(message.get("body", b""))
             if taken > self.max_bytes:  # a body that did not say how long it is
                 refused = _body_too_large(taken, self.max_bytes, exact=False)
+                scope["mdm.refused"] = True
                 raise refused
             return message
 
@@ -112,6 +121,7 @@ class Guards:
             if refused is None:
                 raise
         if refused is not None and not begun:
+            self.refused(refused)
             await answer(refused, send)
 
     def _wrong_host(self, headers: dict[bytes, bytes]) -> ServeError | None:
@@ -125,11 +135,25 @@ class Guards:
             code="wrong_host",
         )
 
+    def _strange_page(self, scope: Scope, headers: dict[bytes, bytes]) -> ServeError | None:
+        """Without a key, a page of a stranger could let a browser on this machine ask for it."""
+        origin = headers.get(b"origin")
+        if self.keys or origin is None or scope["method"] in ("GET", "HEAD", "OPTIONS"):
+            return None
+        origin_text = origin.decode("latin-1").lower()
+        own = headers.get(b"host", b"").decode("latin-1").lower()
+        if origin_text in self.origins or origin_text.partition("://")[2] == own:
+            return None
+        return ServeError(
+            "a page of another origin may not ask this server; allow it with --allow-origin",
+            status=403,
+            kind=INVALID,
+            code="wrong_origin",
+        )
+
     def _no_key(self, scope: Scope, headers: dict[bytes, bytes]) -> ServeError | None:
         path = scope["path"]
         if not self.keys or path in OPEN_PATHS or path.startswith(OPEN_PREFIX):
-            return None
-        if scope["method"] == "OPTIONS":  # a browser asks before it sends the key
             return None
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
         # Every key is compared, and in constant time: the answer's time tells nothing about them.

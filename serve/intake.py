@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 from mdm import autoregressive, fim, likelihood
 from mdm.autoregressive import Autoregressive, DecodingSettings
@@ -18,7 +18,7 @@ from mdm.generate import Hole, Request, encode, open_filling
 from mdm.likelihood import Likelihood, LikelihoodSettings, Pair
 
 from .errors import as_serve_error, invalid, too_large
-from .jobs import Committed, FillUnit, Job, RowDone, Scored, StepsUnit, Unit
+from .jobs import Committed, FillUnit, Job, Pass, RowDone, Scored, StepsUnit, Unit
 from .limits import Limits
 from .memory import MIB
 from .models import Served
@@ -176,7 +176,9 @@ def plan(
             ]
         else:
             decoding = DecodingSettings(settings.temperature, settings.top_p)
-            units.append(write_unit(served, served.model, holes, decoding, telemetry))
+            for first in range(0, len(holes), limits.max_rows):
+                batch = range(first, min(first + limits.max_rows, len(holes)))
+                units.append(write_unit(served, served.model, holes, batch, decoding, telemetry))
     except MdmError as error:
         raise as_serve_error(error) from error
     needed = max(unit.step_bytes + unit.held_bytes for unit in units)
@@ -234,28 +236,31 @@ def fill_unit(
 def write_unit(
     served: Served,
     teacher: Autoregressive,
-    holes: Sequence[Hole],
+    all_holes: Sequence[Hole],
+    batch: range,
     settings: DecodingSettings,
     telemetry: Telemetry,
 ) -> StepsUnit:
-    """All rows of one request, written by the teacher in a batch of their own."""
+    """Rows `batch` of one request, written by the teacher in a batch of their own."""
+    holes = [all_holes[row] for row in batch]
     for hole in holes:
         autoregressive.check_hole(teacher, hole)
 
-    def advance(job: Job) -> Iterator[None]:
+    def advance(job: Job) -> Generator[Pass, None, None]:
+        left = len(holes)
         for forward, written in enumerate(autoregressive.writing(teacher, holes, settings)):
             kind = "decode" if forward else "prefill"
             for token in written:
+                row = batch[token.row]
                 computed = 1 if forward else len(holes[token.row].before)
                 job.usage.note(kind, 1, computed)
                 telemetry.count_forwards(served.name, kind, 1, computed)
                 position, confidence = (forward,), (token.confidence,)
-                job.listener(
-                    Committed(token.row, forward, job.age, position, (token.token,), confidence)
-                )
+                job.listener(Committed(row, forward, job.age, position, (token.token,), confidence))
                 if token.result is not None:
-                    job.listener(RowDone(token.row, token.result))
-            yield
+                    left -= 1
+                    job.listener(RowDone(row, token.result))
+            yield Pass(kind, len(written), last=not left)
 
     sizes, rows, longest = served.footprint, len(holes), max(hole.total for hole in holes)
     prompt = max(len(hole.before) for hole in holes)
@@ -266,6 +271,7 @@ def write_unit(
             sizes.logits_bytes(rows) + 64 * sizes.vocab,  # noise and nucleus of one row, float64
         ),
         held_bytes=sizes.cache_bytes(rows, longest),
+        places=rows,
     )
 
 
@@ -331,7 +337,9 @@ def pairs_of(served: Served, request: ScoreRequest, limits: Limits) -> list[Pair
                 f"window is {window}, but {served.name!r} was built for {served.max_length} tokens",
                 param="window",
             )
-        return likelihood.rolling_pairs(served.encoder, request.text, window)
+        return check_forwards(
+            served, likelihood.rolling_pairs(served.encoder, request.text, window), request, limits
+        )
     if request.continuation is None:
         raise invalid("give a continuation (and its context), or a text", param="continuation")
     if request.window is not None:
@@ -342,6 +350,26 @@ def pairs_of(served: Served, request: ScoreRequest, limits: Limits) -> list[Pair
     mask_id = served.model.mask_id if isinstance(served.model, Denoiser) else None
     likelihood.check_pair(pair, served.max_length, mask_id)
     return [pair]
+
+
+def check_forwards(
+    served: Served, pairs: list[Pair], request: ScoreRequest, limits: Limits
+) -> list[Pair]:
+    """The pairs. Raises ServeError if their masks are more than a request may take."""
+    if not served.is_student:
+        masks = len(pairs)
+    elif request.estimator == likelihood.ORDER:
+        masks = sum(len(pair.answer) for pair in pairs)
+    else:
+        masks = len(pairs) * request.mc_samples
+    if masks > limits.max_samples:
+        raise too_large(
+            f"the text takes {masks} forwards ({len(pairs)} windows), but this server takes at most"
+            f" {limits.max_samples} for a request; ask for fewer mc_samples, a larger window, or in"
+            " parts",
+            param="text",
+        )
+    return pairs
 
 
 def score_unit(
@@ -363,18 +391,23 @@ def score_unit(
             code="memory_limit",
         )
 
-    def advance(job: Job) -> Iterator[None]:
+    def advance(job: Job) -> Generator[Pass, None, None]:
+        left = len(pairs)
+
         def done(index: int, found: Likelihood) -> None:
+            nonlocal left
+            left -= 1
             computed = found.nfe * (len(pairs[index].prompt) + len(pairs[index].answer))
             job.usage.note("score", found.nfe, computed)
             telemetry.count_forwards(served.name, "score", found.nfe, computed)
             job.listener(Scored(index, found))
 
         if isinstance(model, Denoiser):
-            yield from likelihood.scoring(model, pairs, settings, done)
+            for computed in likelihood.scoring(model, pairs, settings, done):
+                yield Pass("score", computed, last=not left)
             return
         for index, pair in enumerate(pairs):
             done(index, autoregressive.log_likelihood(model, [pair])[0])
-            yield
+            yield Pass("score", 1, last=not left)
 
     return StepsUnit(advance, step_bytes)

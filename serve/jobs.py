@@ -11,7 +11,7 @@ import dataclasses
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 from mdm.generate import Filling, Generation
 from mdm.likelihood import Likelihood
@@ -139,18 +139,43 @@ class FillUnit:
         """What choosing its tokens takes, up to a factor that all rows share."""
         return self.outputs * bytes_per_choice(self.filling.canvas.settings)
 
+    @property
+    def places(self) -> int:
+        """Of the texts that may be in work at the same time."""
+        return 1
+
+    def close(self) -> None:
+        """Nothing is held but the canvas."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """One forward of a process of its own: its kind, the rows in it, and whether it was the last."""
+
+    kind: str
+    rows: int
+    last: bool
+
 
 @dataclasses.dataclass(eq=False)
 class StepsUnit:
     """A process that takes one forward every time it is asked for the next item.
 
-    advance  (job) -> iterator; it emits the job's events and counts its forwards itself
+    advance  (job) -> generator; it emits the job's events and counts its forwards itself
+    places   texts it works on
     """
 
-    advance: Callable[[Job], Iterator[None]]
+    advance: Callable[[Job], Generator[Pass, None, None]]
     step_bytes: int
     held_bytes: int = 0
-    iterator: Iterator[None] | None = None
+    places: int = 1
+    iterator: Generator[Pass, None, None] | None = None
+
+    def close(self) -> None:
+        """Let go of what it holds, caches above all."""
+        if self.iterator is not None:
+            self.iterator.close()
+            self.iterator = None
 
 
 Unit = FillUnit | StepsUnit
@@ -188,9 +213,13 @@ class Job:
         units: Sequence[Unit],
         listener: Callable[[Event], None],
         timeout_s: float,
+        arrived: float | None = None,
     ) -> Job:
-        """A new job."""
-        return cls(kind, model, deque(units), listener, timeout_s)
+        """A new job; `arrived` is a time of time.monotonic(), by default now."""
+        job = cls(kind, model, deque(units), listener, timeout_s)
+        if arrived is not None:
+            job.arrived = arrived
+        return job
 
     @property
     def age(self) -> float:

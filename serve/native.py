@@ -26,7 +26,7 @@ from .schemas import (
     ScoreRequest,
     ScoreResponse,
 )
-from .service import Service
+from .service import HALF, Service
 
 router = APIRouter()
 
@@ -58,22 +58,24 @@ async def generate(body: GenerateRequest, request: Request) -> Any:
     """
     service = service_of(request)
     served = service.model(body.model)
-    timeout_s = service.timeout(body.timeout_s)
+    arrival = service.arrive(body.timeout_s)
     if body.denoising and not body.stream:
         raise invalid(
             "denoising goes with stream; a finished request can be replayed from"
             " /generate/ID/trajectory",
             param="denoising",
         )
-    plan = await service.encoding(
-        intake.plan_request, served, body, service.limits, service.workspace, service.telemetry
-    )
-    if not body.stream:
-        async with connected(request):
-            return await service.generate("/generate", plan, timeout_s)
-    following = service.begin(plan, timeout_s)
+    async with connected(request):
+        plan = await service.encoding(
+            arrival,
+            intake.plan_request,
+            *(served, body, service.limits, service.workspace, service.telemetry),
+        )
+        if not body.stream:
+            return await service.generate("/generate", plan, arrival)
+        following = service.begin(plan, arrival)
     parts = _events(service, plan, following, denoising=body.denoising)
-    return sse.EventStream(parts, following.job.cancel)
+    return sse.EventStream(parts, lambda: service.leave("/generate", following))
 
 
 async def _events(
@@ -143,16 +145,19 @@ async def compare(body: CompareRequest, request: Request) -> CompareResponse:
     service = service_of(request)
     if service.teacher is None:
         raise invalid("this server has no teacher; start it with --teacher", code="no_teacher")
-    timeout_s = service.timeout(body.timeout_s)
+    arrival = service.arrive(body.timeout_s)
     settings = intake.sampler_of(body)
     seed = intake.new_seed() if body.seed is None else body.seed
-    plans = [
-        await service.encoding(_plan_of, service, served, body, settings, seed)
-        for served in (service.student, service.teacher)
-    ]
     async with connected(request):
-        student = await service.generate("/compare", plans[0], timeout_s, counts=False)
-        teacher = await service.generate("/compare", plans[1], timeout_s)
+        plans = [
+            await service.encoding(arrival, _plan_of, service, served, body, settings, seed)
+            for served in (service.student, service.teacher)
+        ]
+        student = await service.generate(HALF, plans[0], arrival)
+        # The teacher's half has its own time, and its place: the request was taken on as a whole.
+        teacher = await service.generate(
+            "/compare", plans[1], service.arrive(body.timeout_s), first=student
+        )
     return CompareResponse(student=student, teacher=teacher, ratio=_ratios(student, teacher))
 
 
@@ -184,6 +189,7 @@ def _ratios(student: GenerateResponse, teacher: GenerateResponse) -> dict[str, f
 # --- for operators ---------------------------------------------------------------------------------
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health", summary="Is the process able to work?", tags=["operation"])
 async def health(request: Request) -> JSONResponse:
     """200 while the engine works, 503 with the reason if it cannot; then a restart is due."""
@@ -192,6 +198,7 @@ async def health(request: Request) -> JSONResponse:
     return JSONResponse(body, status_code=200 if illness is None else 503)
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get("/ready", summary="Should requests be sent here?", tags=["operation"])
 async def ready(request: Request) -> JSONResponse:
     """200 if requests are taken on, 503 while the server shuts down or is ill."""

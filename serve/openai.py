@@ -261,7 +261,7 @@ def _plan(service: Service, served: Served, asked: Asked) -> Plan:
 async def _answer(asked: Asked, request: Request) -> Any:
     body, service = asked.body, service_of(request)
     served = service.model(body.model)
-    timeout_s = service.timeout(body.timeout_s)
+    arrival = service.arrive(body.timeout_s)
     for name, there in (
         ("stream_options", body.stream_options is not None),
         ("denoising", body.denoising),
@@ -269,25 +269,30 @@ async def _answer(asked: Asked, request: Request) -> Any:
         if there and not body.stream:
             raise invalid(f"{name} goes with stream", param=name)
     asked.check()
-    plan = await service.encoding(_plan, service, served, asked)
-    if not body.stream:
-        async with connected(request):
-            found = await service.generate(asked.endpoint, plan, timeout_s)
-        return {
-            **_head(found.id, plan, asked.whole_name),
-            "choices": [
-                {
-                    "index": choice.index,
-                    **asked.whole(choice.index, choice.text),
-                    "finish_reason": choice.finish_reason,
-                }
-                for choice in found.choices
-            ],
-            "usage": _usage(found),
-            "stats": found.stats,
-        }
-    following = service.begin(plan, timeout_s)
-    return sse.EventStream(_events(service, asked, plan, following), following.job.cancel)
+    async with connected(request):
+        plan = await service.encoding(arrival, _plan, service, served, asked)
+        if not body.stream:
+            return _whole(asked, plan, await service.generate(asked.endpoint, plan, arrival))
+        following = service.begin(plan, arrival)
+    parts = _events(service, asked, plan, following)
+    return sse.EventStream(parts, lambda: service.leave(asked.endpoint, following))
+
+
+def _whole(asked: Asked, plan: Plan, found: GenerateResponse) -> dict[str, Any]:
+    """An answer in one piece."""
+    return {
+        **_head(found.id, plan, asked.whole_name),
+        "choices": [
+            {
+                "index": choice.index,
+                **asked.whole(choice.index, choice.text),
+                "finish_reason": choice.finish_reason,
+            }
+            for choice in found.choices
+        ],
+        "usage": _usage(found),
+        "stats": found.stats,
+    }
 
 
 def _head(job_id: str, plan: Plan, name: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import socket
 import sys
@@ -69,12 +70,12 @@ def open_service(
 class Server(uvicorn.Server):
     """uvicorn's, which also tells the engine that a signal has come."""
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, drain_s: float) -> None:
         super().__init__(config)
-        self.service = service
+        self.service, self.drain_s = service, drain_s
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self.service.engine.draining = True  # no lock: a signal may come while it is held
+        self.service.engine.drain(self.drain_s)
         super().handle_exit(sig, frame)
 
 
@@ -96,14 +97,14 @@ def run(
         keys=keys,
         hosts=hosts,
         origins=origins,
-        drain_s=drain_s,
     )
     config = uvicorn.Config(
         app,
         log_config=None,
         access_log=False,  # it would log query strings; the service logs what matters
         server_header=False,
-        timeout_graceful_shutdown=max(1, round(drain_s)),
+        # The engine ends what is in work at drain_s, so that clients are told; then they are read to.
+        timeout_graceful_shutdown=math.ceil(drain_s) + 5,
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         # uvicorn raises the signal again when it is done; by then it means an ordinary end.
@@ -118,7 +119,7 @@ def run(
         service.workspace // MIB,
         "needed" if keys else "not needed",
     )
-    Server(config, service).run(sockets=[listener])
+    Server(config, service, drain_s).run(sockets=[listener])
 
 
 def _exit(_: int, __: FrameType | None) -> None:

@@ -221,6 +221,7 @@ class ScoreRequest(Strict):
 class ScoreResponse(BaseModel):
     """log p in nats, total; a lower bound (or an estimate of one) if `is_bound`.
 
+    nats_per_token, bits_per_byte   of -log p: lower is better; spaces at the end of a context count
     std_err    of the Monte-Carlo estimate; 0 if nothing was sampled, null if it cannot be told
     greedy     would greedy decoding give this text? null where it was not asked
     """
@@ -273,8 +274,10 @@ class ErrorResponse(BaseModel):
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorResponse, "description": "The request is wrong; the text says how."},
     401: {"model": ErrorResponse, "description": "No API key, or a wrong one."},
+    403: {"model": ErrorResponse, "description": "A page of an origin that is not allowed."},
     404: {"model": ErrorResponse, "description": "No such model or request."},
     413: {"model": ErrorResponse, "description": "Too large; the text names the number."},
+    421: {"model": ErrorResponse, "description": "Called by a name it does not answer to."},
     429: {"model": ErrorResponse, "description": "The queue is full; see Retry-After."},
     500: {"model": ErrorResponse, "description": "The server failed on this request."},
     503: {"model": ErrorResponse, "description": "Shutting down, or out of memory."},

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import logging
 import math
+import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any, TypeVar
 
@@ -14,10 +16,17 @@ from mdm.autoregressive import Autoregressive
 from mdm.denoiser import Denoiser
 from mdm.errors import MdmError, unknown
 from mdm.generate import Generation
-from mdm.likelihood import Likelihood, Pair, total
+from mdm.likelihood import Likelihood, Pair, bits_per_byte, total
 
 from .engine import Engine
-from .errors import INVALID, ServeError, as_serve_error, cancelled, too_large
+from .errors import (
+    INVALID,
+    ServeError,
+    as_serve_error,
+    cancelled,
+    deadline_exceeded,
+    too_large,
+)
 from .following import Delta, Following, Texts, Trajectories
 from .intake import Plan, pairs_of, score_unit
 from .jobs import Scored, Usage
@@ -30,6 +39,22 @@ from .telemetry import Telemetry
 log = logging.getLogger("mdm.serve")
 
 T = TypeVar("T")
+
+# The endpoint of an answer that is only a part of one; the whole is counted with its last part.
+HALF = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrival:
+    """When a request came, and how long it may take from then on; waiting to be encoded counts."""
+
+    timeout_s: float
+    at: float = dataclasses.field(default_factory=time.monotonic)
+
+    def check(self) -> None:
+        """Raise ServeError if its time is over."""
+        if time.monotonic() - self.at > self.timeout_s:
+            raise deadline_exceeded(self.timeout_s, "waiting to be encoded")
 
 
 class Service:
@@ -80,40 +105,66 @@ class Service:
             )
         return self.models[name]
 
-    def timeout(self, asked: float | None) -> float:
-        """Seconds a request may take. Raises ServeError for more than the server gives."""
-        if asked is not None and asked > self.limits.timeout_s:
+    def arrive(self, timeout_s: float | None) -> Arrival:
+        """A request has come. Raises ServeError if it asks for more time than the server gives."""
+        if timeout_s is not None and timeout_s > self.limits.timeout_s:
             raise too_large(
-                f"timeout_s is {asked:g}; this server gives a request at most"
+                f"timeout_s is {timeout_s:g}; this server gives a request at most"
                 f" {self.limits.timeout_s:g} s",
                 param="timeout_s",
             )
-        return asked or self.limits.timeout_s
+        return Arrival(timeout_s or self.limits.timeout_s)
 
-    async def encoding(self, function: Callable[..., T], *arguments: Any) -> T:
+    async def encoding(self, arrival: Arrival, function: Callable[..., T], *arguments: Any) -> T:
         """Run what tokenises a text off the event loop, one at a time. Raises ServeError.
 
         A request that would find the queue full is told so before.
         """
         self.engine.check_room()
         async with self._encoding:
+            arrival.check()
+            work = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
             try:
-                return await asyncio.to_thread(function, *arguments)
+                return await asyncio.shield(work)
             except MdmError as error:
                 raise as_serve_error(error) from error
+            finally:
+                # A thread cannot be cancelled, and the tokenizer is in use until it is done.
+                while not work.done():
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await asyncio.wait([work])
+                if not work.cancelled():
+                    work.exception()  # seen, so that nobody is told it was not
 
     # --- generating --------------------------------------------------------------------------------
 
-    def begin(self, plan: Plan, timeout_s: float) -> Following:
-        """Hand a plan to the engine. Raises ServeError if the queue is full."""
-        return Following(self.engine, "generate", plan.served, plan.units, timeout_s)
+    def begin(self, plan: Plan, arrival: Arrival, *, follows: bool = False) -> Following:
+        """Hand a plan to the engine. Raises ServeError if the queue is full.
+
+        `follows`: it is the second half of a request that was taken on.
+        """
+        return Following(
+            self.engine,
+            "generate",
+            plan.served,
+            plan.units,
+            arrival.timeout_s,
+            arrived=arrival.at,
+            follows=follows,
+        )
+
+    def leave(self, endpoint: str, following: Following) -> None:
+        """The reader of a stream is gone, or has all of it."""
+        following.job.cancel()
+        if not following.begun:  # nobody was there to count it
+            self.telemetry.not_finished(endpoint, cancelled())
 
     async def generate(
-        self, endpoint: str, plan: Plan, timeout_s: float, *, counts: bool = True
+        self, endpoint: str, plan: Plan, arrival: Arrival, *, first: GenerateResponse | None = None
     ) -> GenerateResponse:
-        """All texts of a plan, in one piece."""
-        following = self.begin(plan, timeout_s)
-        items = self.items(endpoint, plan, following, counts=counts, streamed=False)
+        """All texts of a plan, in one piece. `first`: the other half of one request, answered before."""
+        following = self.begin(plan, arrival, follows=first is not None)
+        items = self.items(endpoint, plan, following, first=first, streamed=False)
         async for item in items:
             if isinstance(item, GenerateResponse):
                 return item
@@ -125,13 +176,12 @@ class Service:
         plan: Plan,
         following: Following,
         *,
-        counts: bool = True,
+        first: GenerateResponse | None = None,
         streamed: bool = True,
     ) -> AsyncGenerator[Delta | GenerateResponse, None]:
         """`Delta`s as text is decided, then the `GenerateResponse`. Leaving it cancels the job.
 
-        `counts`: its success is that of the whole request, for the metrics. `streamed`: the answer
-        has begun, so that no handler of errors will see one and count it.
+        `streamed`: the answer has begun, so that no handler of errors will see one and count it.
         """
         texts, job = Texts(plan), following.job
         try:
@@ -151,11 +201,12 @@ class Service:
         answer = self.response(job.id, plan, texts.results(), job.usage)
         self.trajectories.keep(texts.trajectory(job))
         self.telemetry.finished(
-            endpoint if counts else None,
+            None if endpoint == HALF else endpoint,
             plan.served.name,
             prompt=plan.prompt_tokens,
             tokens=answer.completion_tokens,
-            seconds=job.usage.total_s,
+            forwards=sum(job.usage.forwards.values()),
+            seconds=job.usage.total_s + (first.stats.total_s if first is not None else 0.0),
             queue_s=job.usage.queue_s,
         )
         self._log_finished(endpoint, plan, answer)
@@ -238,29 +289,35 @@ class Service:
     async def score(self, request: ScoreRequest) -> ScoreResponse:
         """The answer to `POST /score`."""
         served = self.model(request.model)
-        timeout_s = self.timeout(request.timeout_s)
+        arrival = self.arrive(request.timeout_s)
         if isinstance(served.model, Autoregressive):
             _refuse_estimators(served, request)
         try:
             settings = request.likelihood(min(1024, self.limits.batch_tokens))
         except MdmError as error:
             raise as_serve_error(error) from error
-        pairs: list[Pair] = await self.encoding(pairs_of, served, request, self.limits)
+        pairs: list[Pair] = await self.encoding(arrival, pairs_of, served, request, self.limits)
         unit = score_unit(served, pairs, settings, self.workspace, self.telemetry)
         found: dict[int, Likelihood] = {}
-        with Following(self.engine, "score", served, [unit], timeout_s) as following:
+        with Following(
+            self.engine, "score", served, [unit], arrival.timeout_s, arrived=arrival.at
+        ) as following:
             async for event in following:
                 if isinstance(event, Scored):
                     found[event.index] = event.likelihood
         whole = total([found[index] for index in range(len(pairs))])
         greedy = found[0].greedy if len(found) == 1 else None
-        text = request.text if request.text is not None else request.continuation or ""
+        context = request.context or ""
+        # Spaces at the end of the context are scored with the continuation.
+        scored = context[len(context.rstrip()) :] + (request.continuation or "")
+        text = request.text if request.text is not None else scored
         usage = following.job.usage
         self.telemetry.finished(
             "/score",
             served.name,
             prompt=sum(len(pair.prompt) for pair in pairs),
             tokens=0,
+            forwards=0,
             seconds=usage.total_s,
             queue_s=usage.queue_s,
         )
@@ -272,8 +329,8 @@ class Service:
             is_bound=whole.is_bound,
             estimator=whole.estimator,
             num_tokens=whole.num_tokens,
-            nats_per_token=whole.value / whole.num_tokens,
-            bits_per_byte=-whole.value / math.log(2) / max(1, len(text.encode())),
+            nats_per_token=-whole.value / whole.num_tokens,
+            bits_per_byte=bits_per_byte(whole, text),
             greedy=greedy,
             stats=self.stats(usage, 0, unit.step_bytes),
         )

@@ -55,7 +55,7 @@ class Telemetry:
         )
         self.per_forward = Gauge(
             "mdm_tokens_per_forward",
-            "Visible tokens over generating forwards since the start",
+            "Visible tokens over forwards, of finished requests to generate",
             ["model"],
             registry=own,
         )
@@ -112,14 +112,6 @@ class Telemetry:
         """Forwards of one row, and the positions they computed."""
         self.forwards.labels(model, kind).inc(forwards)
         self.token_forwards.labels(model).inc(tokens)
-        if kind != "score":
-            self._generating[model] = self._generating.get(model, 0) + forwards
-            self._set_per_forward(model)
-
-    def _set_per_forward(self, model: str) -> None:
-        forwards = self._generating.get(model, 0)
-        if forwards:
-            self.per_forward.labels(model).set(self._tokens.get(model, 0) / forwards)
 
     # --- from the endpoints ------------------------------------------------------------------------
 
@@ -130,6 +122,7 @@ class Telemetry:
         *,
         prompt: int,
         tokens: int,
+        forwards: int,
         seconds: float,
         queue_s: float,
     ) -> None:
@@ -140,7 +133,9 @@ class Telemetry:
         self.prompt_tokens.labels(model).inc(prompt)
         self.tokens.labels(model).inc(tokens)
         self._tokens[model] = self._tokens.get(model, 0) + tokens
-        self._set_per_forward(model)
+        self._generating[model] = self._generating.get(model, 0) + forwards
+        if self._generating[model]:
+            self.per_forward.labels(model).set(self._tokens[model] / self._generating[model])
         self.queue_seconds.observe(queue_s)
         self._finished += 1
         self._finished_s += seconds - queue_s

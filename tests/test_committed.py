@@ -120,10 +120,58 @@ def test_hold_back(text, stop, kept):
     assert hold_back(text, stop) == kept
 
 
+BYTES = {f"<0x{i:02X}>": i for i in range(256)}
+WORDS = {"▁a": 300, "b": 301, "▁é": 302, "</s>": 303, "<s>": 304, "<unk>": 305}
+
+
+def fallback_vocab():
+    """A tokenizer of the Llama kind: words, and bytes that are decoded run by run."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    from mdm.vocab import read_vocab
+
+    model = models.BPE({**BYTES, **WORDS}, [], byte_fallback=True, unk_token="<unk>")
+    tokenizer = Tokenizer(model)
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer.add_special_tokens(["</s>", "<s>"])
+    return read_vocab(
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    )
+
+
+def test_a_run_of_bytes_is_settled_by_what_follows_it():
+    vocab = fallback_vocab()
+    assert len(vocab.byte_ids) == 256
+    for seed in range(200):
+        draw = random.Random(seed)
+        euro = [0xE2, 0x82, 0xAC]
+        pool = [[300], [301], [302], euro, [0xFF], [0x0A], [0xC3]]
+        ids = [token for part in draw.choices(pool, k=8) for token in part]
+        if seed % 4 == 0:
+            ids.insert(draw.randrange(len(ids)), 303)
+        text = CommittedText(vocab, len(ids), (), (303,))
+        order = list(range(len(ids)))
+        if seed % 2:
+            draw.shuffle(order)
+        sent = [text.add([i], [ids[i]]) for i in order]
+        final = visible(vocab, ids, ())[0]
+        assert "".join([*sent, text.finish(final)]) == final
+
+
 def test_a_text_that_shrinks_is_not_sent_twice():
     """A tokenizer whose text is not a growing one waits for the end."""
 
     class Odd:
+        byte_ids = frozenset()
+
         def decode(self, ids):
             return {1: "ab", 2: "aXY", 3: "abZ"}[len(ids)]
 

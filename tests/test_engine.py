@@ -5,6 +5,7 @@ Bytes are token ids; start 256, end 257, pad 258, mask 259.
 
 import threading
 import time
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -17,7 +18,7 @@ from mdm.canvas import SamplerSettings
 from mdm.generate import Hole, fill
 from mdm.likelihood import LikelihoodSettings, Pair
 from mdm.serve import intake
-from mdm.serve.engine import ILL_AFTER
+from mdm.serve.engine import ILL_AFTER, ILL_FOR_S
 from mdm.serve.errors import ServeError
 from mdm.serve.jobs import Committed, Failed, Job, JobDone, RowDone, Scored
 
@@ -374,6 +375,8 @@ def test_a_row_that_fails_fails_alone(service, caplog):
         check_same(client.texts(), alone(byte_student(), hole([i], 9), how, 1, i))
     assert service.engine.illness is None
     assert [record.levelname for record in caplog.records] == ["ERROR"]
+    assert "secret text" in caplog.text  # the operator is told, and where it was
+    assert "in forward" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -398,6 +401,86 @@ def test_out_of_memory_together_is_tried_again_alone(service, error):
     for i, client in enumerate(clients):
         check_same(client.texts(), alone(byte_student(), hole([i], 6), how, 1, i))
     assert max(seen) > 1
+
+
+def test_after_running_out_of_memory_forwards_are_planned_smaller(service):
+    tried = []
+
+    def too_many(xt_BL):
+        tried.append(len(xt_BL))
+        return len(xt_BL) > 2
+
+    gate = Gate(service)
+    failing(service, too_many, MemoryError("can't allocate memory"))
+    clients = [ask(service, hole([i], 16), GREEDY) for i in range(8)]
+    gate.open()
+    for client in clients:
+        client.texts()
+    failed = sum(rows > 2 for rows in tried)
+    assert 0 < failed <= 16  # not one failing forward after the other for each of 16 steps
+    assert tried.count(2) > tried.count(1)
+
+
+def test_a_failed_forward_leaves_nothing_behind_while_it_is_tried_again(service):
+    class Large:
+        pass
+
+    alive, kept = [], []
+    real = service.student.model.forward
+
+    def forward(xt_BL, *arguments, **options):
+        alive.append(sum(one() is not None for one in kept))
+        large = Large()
+        kept.append(weakref.ref(large))
+        if len(xt_BL) > 1:
+            raise MemoryError("can't allocate memory")
+        del large
+        return real(xt_BL, *arguments, **options)
+
+    service.student.model.forward = forward
+    gate = Gate(service)
+    clients = [ask(service, hole([i], 3), GREEDY) for i in range(2)]
+    gate.open()
+    for client in clients:
+        client.texts()
+    assert len(alive) > 6
+    assert set(alive) == {0}
+
+
+def test_an_error_after_a_forward_fails_its_request_only(service, monkeypatch):
+    from mdm.generate import Filling
+
+    real = Filling.follow
+
+    def follow(self, vocab, commit):
+        if self.hole.before[-1] == 222:
+            raise KeyError("a mistake")
+        return real(self, vocab, commit)
+
+    monkeypatch.setattr(Filling, "follow", follow)
+    gate = Gate(service)
+    ill, well = ask(service, hole([222], 5)), ask(service, hole([1], 5))
+    gate.open()
+    assert ill.error().code == "internal_error"
+    well.texts()
+
+
+def test_running_out_of_memory_is_no_illness(service):
+    real = service.student.model.forward
+    failing(service, lambda _: True, MemoryError("can't allocate memory"))
+    for i in range(ILL_AFTER + 1):
+        assert ask(service, hole([i], 2)).error().code == "out_of_memory"
+    assert service.engine.illness is None
+    service.student.model.forward = real
+
+
+def test_illness_passes_so_that_it_can_be_tried_again(service):
+    failing(service, lambda _: True, ValueError("broken"))
+    for i in range(ILL_AFTER):
+        ask(service, hole([i], 2)).error()
+    assert service.engine.illness is not None
+    service.engine.failed_at -= ILL_FOR_S
+    assert service.engine.illness is None
 
 
 def test_out_of_memory_alone_is_told(service):
@@ -452,14 +535,36 @@ def test_draining_finishes_what_is_there_and_takes_nothing_new(service):
     gate = Gate(service)
     there = ask(service, hole([1], 5))
     gate.wait()
-    service.engine.drain()
+    service.engine.drain(60)
     with pytest.raises(ServeError, match="shutting down") as caught:
         ask(service, hole([2], 5))
     assert caught.value.status == 503
     gate.open()
-    service.engine.stop(grace_s=60)
     assert len(there.texts()) == 1
+    service.engine.stop()
     assert service.engine.illness == "the engine's thread has ended"
+
+
+def test_when_the_time_to_drain_is_over_those_in_work_are_told(service):
+    gate = Gate(service)
+    there = ask(service, hole([1], 50))
+    gate.wait()
+    service.engine.drain(0.01)
+    time.sleep(0.02)
+    gate.open()
+    assert there.error().code == "shutting_down"
+
+
+def test_the_second_half_of_a_request_is_taken_on_while_draining(service):
+    service.engine.drain(60)
+    planned = plan(service, hole([1], 2))
+    with pytest.raises(ServeError, match="shutting down"):
+        Client(service, planned.units)
+    client = Client.__new__(Client)
+    client.events, client.ended = [], threading.Event()
+    client.job = Job.of("generate", "tiny", planned.units, client.listen, 60.0)
+    service.engine.submit(client.job, follows=True)
+    assert len(client.texts()) == 1
 
 
 def test_stopping_without_grace_tells_those_in_work(service):
@@ -471,6 +576,67 @@ def test_stopping_without_grace_tells_those_in_work(service):
     service.engine.stop()
     for client in (there, *waits):
         assert client.error().code == "shutting_down"
+
+
+# --- a teacher's rows, and likelihoods -----------------------------------------------------------
+
+
+def test_a_teachers_texts_have_places_and_leave_with_their_last_token():
+    service = tiny_service(teacher=True, max_rows=3)
+    seen, real = [], service.teacher.model.model.forward
+
+    def forward(x_BL, *arguments, **options):
+        seen.append((len(x_BL), service.engine.rows_in_work))
+        return real(x_BL, *arguments, **options)
+
+    service.teacher.model.model.forward = forward
+    client = ask(
+        service, hole([1], 4), SamplerSettings(temperature=1.0), n=7, served=service.teacher
+    )
+    service.engine.start()
+    assert len(client.texts()) == 7
+    assert max(rows for rows, _ in seen) == 3
+    assert max(places for _, places in seen) <= 3
+    usage = client.events[-1].usage
+    assert usage.passes == len(seen)
+    assert usage.batch_rows == sum(rows for rows, _ in seen)
+    service.engine.stop()
+
+
+def test_a_job_that_ends_lets_go_of_its_caches(service):
+    beside = tiny_service(teacher=True)
+    beside.engine.start()
+    units = plan(beside, hole([1], 400), served=beside.teacher).units
+    client = Client(beside, units, model="ar")
+    eventually(lambda: client.forwards > 3, "it writes")
+    client.job.cancel()
+    assert client.error().code == "cancelled"
+    assert units[0].iterator is None
+    beside.engine.stop()
+
+
+def test_a_long_likelihood_does_not_keep_others_waiting(service):
+    pairs = likelihood.rolling_pairs(service.student.encoder, "a" * 400, 4)
+    settings = LikelihoodSettings(estimator="independent", mc_samples=2000, batch_tokens=64)
+    drawn = []
+    real = likelihood.ESTIMATORS["independent"].draw
+    unit = intake.score_unit(service.student, pairs, settings, service.workspace, service.telemetry)
+
+    def draw(*arguments):
+        drawn.append(arguments)
+        return real(*arguments)
+
+    estimator = replace(likelihood.ESTIMATORS["independent"], draw=draw)
+    likelihood.ESTIMATORS["independent"] = estimator
+    try:
+        score = Client(service, [unit], kind="score")
+        eventually(lambda: score.job.usage.passes > 1, "it is in work")
+        ask(service, hole([1], 2)).texts()  # while most of its masks have not been drawn
+        assert len(drawn) < len(pairs) / 2
+        score.job.cancel()
+        assert score.error().code == "cancelled"
+    finally:
+        likelihood.ESTIMATORS["independent"] = replace(estimator, draw=real)
 
 
 # --- how forwards are put together ---------------------------------------------------------------

@@ -147,6 +147,40 @@ def test_no_more_requests_than_allowed_are_open():
             pass
 
 
+def test_refusals_are_counted_once(locked):
+    def counted():
+        text = locked.get("/metrics", headers=bearer(KEYS[0])).text
+        return {
+            line.rpartition(" ")[0]: float(line.rpartition(" ")[2])
+            for line in text.splitlines()
+            if line.startswith("mdm_requests_total")
+        }
+
+    before = counted()
+    locked.get("/stats")
+    locked.post("/generate", content=(b"x" * 600 for _ in range(9)), headers=bearer(KEYS[0]))
+    grown = {key: value - before.get(key, 0) for key, value in counted().items()}
+    assert {key.partition("{")[2]: value for key, value in grown.items() if value} == {
+        'endpoint="refused",outcome="invalid_api_key"}': 1,
+        'endpoint="refused",outcome="body_too_large"}': 1,
+    }
+
+
+def test_a_page_of_a_stranger_cannot_make_a_browser_ask():
+    """Without a key, a simple request of a browser would not be asked about before (CSRF)."""
+    with running(tiny_service(), origins=[ORIGIN]) as url, client(url) as http:
+        own = str(http.base_url).rstrip("/")
+        for origin, status in ((None, 200), (own, 200), (ORIGIN, 200), ("null", 403),
+                               ("https://evil.example", 403), ("http://localhost:1", 403)):  # fmt: skip
+            headers = {} if origin is None else {"origin": origin}
+            assert http.post("/generate", json=PROMPT, headers=headers).status_code == status, (
+                origin
+            )
+        assert http.get("/health", headers={"origin": "https://evil.example"}).status_code == 200
+        without_type = http.post("/generate", content=b'{"prompt": "a", "gen_length": 2}')
+        assert without_type.status_code == 400
+
+
 ORIGIN = "https://lab.example"
 
 
@@ -160,5 +194,9 @@ def test_other_origins_only_if_allowed(locked):
         assert allowed.headers["access-control-allow-origin"] == ORIGIN
         other = http.options("/generate", headers={**asks, "origin": "https://evil.example"})
         assert "access-control-allow-origin" not in other.headers
-        answer = http.post("/generate", json=PROMPT, headers={**bearer(KEYS[0]), "origin": ORIGIN})
-        assert answer.headers["access-control-allow-origin"] == ORIGIN
+        for key, status in ((KEYS[0], 200), ("wrong", 401)):
+            headers = {**bearer(key), "origin": ORIGIN}
+            answer = http.post("/generate", json=PROMPT, headers=headers)
+            assert answer.status_code == status
+            assert answer.headers["access-control-allow-origin"] == ORIGIN
+        assert answer.headers["access-control-expose-headers"] == "retry-after"

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -35,6 +37,15 @@ def gated():
     with running(service) as url, client(url) as http:
         http.gate, http.service = gate, service
         yield http
+        gate.open()
+
+
+@pytest.fixture
+def gated_with_teacher():
+    service = tiny_service(teacher=True)
+    gate = Gate(service)
+    with running(service) as url, client(url) as http:
+        yield http, gate, service
         gate.open()
 
 
@@ -253,6 +264,17 @@ def test_score_of_a_text_in_windows_and_by_the_teacher(server):
     assert exact["stats"]["forwards"] == {"score": 1}
 
 
+def test_bits_are_those_of_the_bytes_that_are_scored(server):
+    """Spaces at the end of the context are scored with the continuation."""
+    denoiser = byte_student()
+    found = ok(server.post("/score", json={"context": "a   ", "continuation": "b"}))
+    pair = likelihood.pair_of_texts(denoiser.vocab, "a   ", "b")
+    (whole,) = likelihood.log_likelihood(denoiser, [pair], LikelihoodSettings())
+    assert found["num_tokens"] == 4
+    assert found["bits_per_byte"] == pytest.approx(-whole.value / 0.6931472 / 4, abs=1e-3)
+    assert found["nats_per_token"] == pytest.approx(-whole.value / 4, abs=1e-3)
+
+
 def test_compare_runs_both(server):
     body = {**PROMPT, "seed": 2, "temperature": 0.8, "steps": 4}
     found = ok(server.post("/compare", json=body))
@@ -335,6 +357,68 @@ def test_64_mixed_requests_at_once_and_metrics_that_add_up():
 
 
 # --- what ends early -----------------------------------------------------------------------------
+
+
+def test_a_comparison_that_was_begun_is_finished(gated_with_teacher):
+    http, gate, service = gated_with_teacher
+    with ThreadPoolExecutor() as pool:
+        future = pool.submit(http.post, "/compare", json={**PROMPT, "seed": 1})
+        gate.wait()  # the student's half is in work
+        service.engine.drain(60)
+        gate.open()
+        found = ok(future.result())
+    assert found["teacher"]["choices"]
+    counted = counters(http)
+    assert counted["mdm_requests_total", "/compare", "ok"] == 1
+    halves = found["student"]["stats"]["total_s"] + found["teacher"]["stats"]["total_s"]
+    assert counted["mdm_request_seconds_sum", "/compare"] == pytest.approx(halves, abs=1e-3)
+    assert counted["mdm_tokens_total", "tiny"] == found["student"]["completion_tokens"]
+
+
+@pytest.mark.parametrize("path", ["/generate", "/score", "/compare", "/v1/completions"])
+def test_a_client_that_goes_while_its_text_is_encoded(gated_with_teacher, path, monkeypatch):
+    """The tokenizer is one thread's at a time, and nothing is submitted for who is gone."""
+    http, gate, service = gated_with_teacher
+    gate.open()
+    encoder = type(service.student.encoder)
+    inside, most, begun, go_on = [], [], threading.Event(), threading.Event()
+    real = encoder.encode
+
+    def slow(self, text):
+        if self is service.student.encoder:
+            inside.append(text)
+            most.append(len(inside))
+            begun.set()
+            assert go_on.wait(30)
+            inside.pop()
+        return real(self, text)
+
+    monkeypatch.setattr(encoder, "encode", slow)
+    body = {"/score": {"continuation": "a"}, "/v1/completions": {"model": "tiny", "prompt": "a"}}
+
+    async def ask_and_go():
+        async with httpx.AsyncClient(base_url=http.base_url, trust_env=False) as own:
+            task = asyncio.create_task(own.post(path, json=body.get(path, PROMPT)))
+            while not begun.is_set():
+                await asyncio.sleep(0.01)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    asyncio.run(ask_and_go())
+    with ThreadPoolExecutor() as pool:
+        second = pool.submit(http.post, "/generate", json=PROMPT)
+        third = pool.submit(http.post, "/generate", json={**PROMPT, "timeout_s": 0.05})
+        time.sleep(0.3)
+        go_on.set()
+        ok(second.result())
+        late = error(third.result(), 504)  # its time ran while it waited for the tokenizer
+        assert late["code"] == "deadline_exceeded"
+    assert max(most) == 1
+    eventually(
+        lambda: counters(http).get(("mdm_requests_total", path, "cancelled")) == 1, "counted"
+    )
+    assert counters(http)["mdm_queue_seconds_count",] == 1  # the second alone was worked on
 
 
 def test_health_is_answered_while_a_forward_runs(gated):
@@ -461,7 +545,7 @@ def test_a_model_that_fails_is_500_and_the_server_lives(streaming, caplog):
 def test_an_ill_engine_says_so():
     service = tiny_service()
     with running(service) as url, client(url) as http:
-        service.engine.failures = 10**3
+        service.engine.failures, service.engine.failed_at = 10**3, time.monotonic()
         assert http.get("/health").status_code == http.get("/ready").status_code == 503
         ok(http.post("/generate", json=PROMPT))  # it works again
         assert ok(http.get("/health")) == {"status": "ok"}
@@ -477,7 +561,7 @@ def test_a_shutdown_finishes_what_is_in_work():
                     httpx.post, f"{url}/generate", json=PROMPT, trust_env=False, timeout=60
                 )
                 gate.wait()
-                service.engine.drain()
+                service.engine.drain(60)
                 assert error(http.post("/generate", json=PROMPT), 503)["code"] == "shutting_down"
                 assert http.get("/ready").status_code == 503
                 assert http.get("/health").status_code == 200
@@ -520,6 +604,8 @@ BAD = [
     ("/score", {"text": "a", "context": "b"}, 400, "text", "give either text"),
     ("/score", {"text": ""}, 400, None, "the text is empty"),
     ("/score", {"text": "abc", "window": 2000}, 400, "window", "built for 1024"),
+    ("/score", {"text": "a" * 200, "window": 4}, 413, "text", "takes 8576 forwards (67 windows)"),
+    ("/score", {"text": "a" * 5000, "estimator": "order"}, 413, "text", "takes 5000 forwards"),
     ("/score", {"continuation": "a", "window": 20}, 400, "window", "window goes with text"),
     ("/score", {"continuation": "a", "estimator": "exakt"}, 400, None, "did you mean 'exact'"),
     (
@@ -577,6 +663,12 @@ def test_the_memory_a_request_would_take_is_told():
         ok(http.post("/generate", json={"prompt": "x", "gen_length": 8}))
         text = {"text": "x" * 900}
         assert error(http.post("/score", json=text), 413)["code"] == "memory_limit"
+
+
+def test_probes_may_ask_for_the_head(server):
+    for path in ("/", "/health", "/ready"):
+        response = server.head(path)
+        assert (response.status_code, response.content) == (200, b"")
 
 
 def test_unknown_paths_and_methods(server):

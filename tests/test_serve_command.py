@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import sys
 
 import httpx
 import pytest
@@ -56,8 +57,11 @@ def test_a_second_of_patience_and_then_the_end(folder):
     with Process(folder, "--drain-seconds", 1) as server, httpx.Client(trust_env=False) as http:
         body = {"prompt": "a", "gen_length": 1000, "n": 16, "stream": True}
         with http.stream("POST", f"{server.url}/generate", json=body, timeout=60) as response:
-            assert "id" in next(response.iter_lines())
-            assert server.end(signal.SIGINT) == 0
+            lines = response.iter_lines()
+            assert "id" in next(lines)
+            server.process.send_signal(signal.SIGINT)
+            assert '"shutting_down"' in [line for line in lines if line][-1]  # it is told
+        assert server.end() == 0
 
 
 def test_a_key_from_the_environment(folder):
@@ -104,6 +108,14 @@ def test_a_block_model_is_refused_with_the_reason(tmp_path):
     save_denoiser(student, tmp_path / "blocks")
     with pytest.raises(ConfigError, match="denoises in blocks of 4"):
         open_service(str(tmp_path / "blocks"), None, Limits())
+
+
+def test_without_the_extra_it_says_what_to_install(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setitem(sys.modules, "mdm.serve.run", None)  # as if an import in it failed
+    error = run("--port", 0)
+    assert isinstance(error, ConfigError)
+    assert "'mdm-code[serve]'" in str(error)
 
 
 def test_names():

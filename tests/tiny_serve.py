@@ -103,9 +103,9 @@ def running(service: Service, *, drain_s: float = 10.0, **options) -> Iterator[s
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    app = make_app(service, drain_s=drain_s, **options)
+    app = make_app(service, **options)
     config = uvicorn.Config(
-        app, log_config=None, access_log=False, timeout_graceful_shutdown=max(1, round(drain_s))
+        app, log_config=None, access_log=False, timeout_graceful_shutdown=round(drain_s) + 5
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
@@ -118,6 +118,7 @@ def running(service: Service, *, drain_s: float = 10.0, **options) -> Iterator[s
             time.sleep(0.01)
         yield url
     finally:
+        service.engine.drain(drain_s)
         server.should_exit = True
         thread.join(timeout=60)
         listener.close()
