@@ -127,7 +127,7 @@ def test_the_commands_run(place, capsys):
             or arguments[0] == "serve"
             or arguments[:2] == ["bench", "serve"]
         ):
-            continue  # tests/test_trainer.py kills and resumes real runs
+            continue  # run by test_trainer.py, below, and by test_bench_serve.py
         mdm.main(arguments, standalone_mode=False)
         half_done |= "half" in arguments
     assert half_done
