@@ -53,6 +53,7 @@ class Engine:
     denoiser   the student
     footprint  its sizes, for planning forwards
     workspace  bytes that forwards and caches may take
+    threads    CPU threads of a forward
     """
 
     def __init__(
@@ -62,7 +63,9 @@ class Engine:
         limits: Limits,
         workspace: int,
         telemetry: Telemetry,
+        threads: int,
     ) -> None:
+        self.threads = threads
         self.denoiser, self.footprint = denoiser, footprint
         self.limits, self.workspace = limits, workspace
         self.share = 1.0  # of the workspace that forwards are planned for; less after a failure
@@ -154,6 +157,8 @@ class Engine:
     # --- the engine's thread -----------------------------------------------------------------------
 
     def _work(self) -> None:
+        # Set in this thread: OpenMP's settings and helpers belong to the thread that uses them.
+        torch.set_num_threads(self.threads)
         while True:
             with self._wake:
                 while not self._jobs and not self._stopping:

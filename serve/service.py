@@ -12,6 +12,8 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any, TypeVar
 
+import torch
+
 from mdm.autoregressive import Autoregressive
 from mdm.denoiser import Denoiser
 from mdm.errors import MdmError, unknown
@@ -62,6 +64,7 @@ class Service:
 
     workspace     bytes that forwards and caches may take
     idle          memory when the models are loaded and nothing is in work
+    threads       CPU threads of a forward; null = torch's number
     log_requests  also log what was asked and answered
     """
 
@@ -71,6 +74,7 @@ class Service:
         teacher: Served | None,
         limits: Limits,
         *,
+        threads: int | None = None,
         log_requests: bool = False,
     ) -> None:
         assert isinstance(student.model, Denoiser)
@@ -82,7 +86,14 @@ class Service:
         self.workspace = limits.workspace_mib * MIB or free_bytes(device) // 2
         self.telemetry = Telemetry(device)
         footprint: Footprint = student.footprint
-        self.engine = Engine(student.model, footprint, limits, self.workspace, self.telemetry)
+        self.engine = Engine(
+            student.model,
+            footprint,
+            limits,
+            self.workspace,
+            self.telemetry,
+            threads or torch.get_num_threads(),
+        )
         for served in self.models.values():
             warm_up(served)
         self.engine.meter.reset()
