@@ -359,6 +359,8 @@ def test_stop_cancels_on_the_server(gated, visit, how):
     else:
         page.keyboard.press("Escape")
     await_text(page, "#status", "Stopped")
+    (job,) = gated.service.engine._jobs
+    eventually(lambda: job.cancelled, "the server notices")
     gated.gate.let()  # the forward that was under way ends
     eventually(lambda: gated.service.engine.rows_in_work == 0, "the server gives the row up")
     assert len(gated.gate.seen) <= 3  # the first, the one under way, one that had begun already
