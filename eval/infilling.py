@@ -17,6 +17,7 @@ import torch
 from mdm.config import require, to_tree
 from mdm.diffusion import generator
 from mdm.errors import ConfigError, RequestError, check_known
+from mdm.fim import nearest
 from mdm.generate import Generation, Hole
 from mdm.vocab import Vocab
 
@@ -33,7 +34,6 @@ SINGLE_LINE, RANDOM_SPAN = "infill_single_line", "infill_random_span"
 TRUE, SEARCH = "true", "search"
 LEFT, FIM = "left", "fim"
 TEXT, TOKEN = "text", "token"
-FIM_MARKS = 3  # tokens that fim.as_continuation adds
 COUNTS = ("tokens", "nfe")  # metrics that are no proportions: written tokens, forwards of the model
 
 Problem = Mapping[str, Any]
@@ -207,7 +207,7 @@ def holes_of(answers: Answers, task: str, item: Item, settings: InfillSettings) 
         lengths = (max(lengths),)
         stop = ("\n",) if task == SINGLE_LINE and "\n" not in item.target else ()
         if settings.teacher == FIM:
-            marks = FIM_MARKS
+            marks = model.template.num_marks if model.template else 0
         else:
             after = []
     room = model.max_length - len(model.opening) - marks
@@ -227,16 +227,10 @@ def holes_of(answers: Answers, task: str, item: Item, settings: InfillSettings) 
 def cut_to_fit(
     before: list[int], after: list[int], room: int, context: int | None
 ) -> tuple[list[int], list[int]]:
-    """Both sides without their far ends: at most `context` tokens each, `room` together.
-
-    Each side may have half the room, and what the other one leaves of its half.
-    """
+    """Both sides without their far ends: at most `context` tokens each, `room` together."""
     if context is not None:
         before, after = before[max(0, len(before) - context) :], after[:context]
-    half = room // 2
-    kept_after = min(len(after), max(half, room - len(before)))
-    kept_before = min(len(before), room - kept_after)
-    return before[len(before) - kept_before :], after[:kept_after]
+    return nearest(before, after, room)
 
 
 def surest(found: Sequence[Generation]) -> int:

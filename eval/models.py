@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -118,6 +119,11 @@ class Evaluated:
             return (self.vocab.start_id,)
         return self.model.opening
 
+    @functools.cached_property
+    def template(self) -> fim.Template | None:
+        """How a teacher is told of both sides of a hole; None if it was not trained for it."""
+        return fim.find_template(self.vocab)
+
     def joins_end(self, text: str) -> bool:
         """Would this tokenizer join the white space at the end of a prompt with an indentation?
 
@@ -163,15 +169,14 @@ class Evaluated:
 
     def seen_by_teacher(self, hole: Hole) -> Hole:
         """The hole as a text to continue, if there is something after it."""
-        marks = fim.marks(self.vocab)
         if not hole.after:
             return hole
-        if marks is None:
+        if self.template is None:
             raise ConfigError(
                 "this autoregressive model has no fill-in-the-middle tokens, so it cannot be told"
                 " what stands after a hole; evaluate it left-only"
             )
-        return fim.as_continuation(hole, self.vocab, marks)
+        return fim.as_continuation(hole, self.template)
 
     def score(
         self, pairs: Sequence[Pair], *, done: Callable[[int, Likelihood], None] | None = None
@@ -194,7 +199,8 @@ def open_evaluated(source: str, settings: ModelSettings, device: str | None = No
         moved: torch.nn.Module = model
     else:
         network, tokenizer = load_ar(source, dtype=dtype)
-        model, moved = Autoregressive(network, read_vocab(tokenizer)), network
+        vocab = read_vocab(tokenizer)
+        model, moved = Autoregressive(network, vocab, fim.end_ids(vocab)), network
     to_device(moved, device)
     return Evaluated(model, settings, source, identity_of(model, source, settings.dtype))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,12 +30,19 @@ if TYPE_CHECKING:
 
 
 class Autoregressive:
-    """A causal language model and its vocabulary."""
+    """A causal language model and its vocabulary.
 
-    def __init__(self, model: PreTrainedModel, vocab: Vocab) -> None:
+    `more_ends`: tokens that end a text besides those the model names itself, such as what closes a
+    hole (fim.end_ids).
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, vocab: Vocab, more_ends: Collection[int] = ()
+    ) -> None:
         probe_attention(model, causal=True)
         self.model = model
         self.vocab = vocab
+        self.more_ends = more_ends
         self.plain_head = has_plain_head(model)
 
     @property
@@ -49,11 +56,11 @@ class Autoregressive:
 
     @functools.cached_property
     def end_ids(self) -> frozenset[int]:
-        """Tokens that end a text: the tokenizer's end token, and what the model's generation says."""
+        """Tokens that end a text: the tokenizer's end, what the model's generation says, more_ends."""
         config = self.model.generation_config
         given = getattr(config, "eos_token_id", None)
         more = given if isinstance(given, list) else [] if given is None else [given]
-        return frozenset((self.vocab.eos_id, *more))
+        return frozenset((self.vocab.eos_id, *more, *self.more_ends))
 
     @functools.cached_property
     def opening(self) -> tuple[int, ...]:

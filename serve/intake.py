@@ -92,8 +92,7 @@ def tokens_of(served: Served, request: Request) -> Hole:
         before = [*served.opening, *vocab.encode(request.prefix)] or [vocab.start_id]
     after = vocab.encode(request.suffix) if request.suffix else []
     hole = Hole(tuple(before), request.length, tuple(after), request.stop)
-    marks = fim.marks(vocab)
-    return fim.as_continuation(hole, vocab, marks) if after and marks else hole
+    return fim.as_continuation(hole, served.template) if after and served.template else hole
 
 
 def _check_fields(text: Text) -> None:

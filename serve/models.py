@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import time
 from collections.abc import Collection
 from pathlib import Path
@@ -80,10 +81,15 @@ class Served:
             return (self.model.vocab.eos_id,)
         return self.model.end_ids
 
+    @functools.cached_property
+    def template(self) -> fim.Template | None:
+        """How a teacher is told of both sides of a hole; None if it was not trained for it."""
+        return fim.find_template(self.decoder)
+
     @property
     def fills_holes(self) -> bool:
         """Can it see what stands after a hole?"""
-        return self.is_student or fim.marks(self.decoder) is not None
+        return self.is_student or self.template is not None
 
 
 def open_student(source: str, *, name: str | None, dtype: str, device: str | None) -> Served:
@@ -106,7 +112,8 @@ def open_teacher(source: str, *, name: str | None, dtype: str, device: str | Non
         raise ConfigError(f"--teacher {source} is a student; name an autoregressive model")
     network, tokenizer = load_ar(source, dtype=DTYPES[dtype])
     to_device(network, device)
-    return _loaded(Autoregressive(network, read_vocab(tokenizer)), source, name, dtype)
+    vocab = read_vocab(tokenizer)
+    return _loaded(Autoregressive(network, vocab, fim.end_ids(vocab)), source, name, dtype)
 
 
 def _loaded(model: Denoiser | Autoregressive, source: str, name: str | None, dtype: str) -> Served:

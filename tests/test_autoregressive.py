@@ -324,3 +324,16 @@ def test_all_end_tokens_of_a_model_end_its_texts(given, more):
     ends = [i for i, token in enumerate(found.token_ids) if token in ar.end_ids]
     assert ends in ([], [len(found.token_ids) - 1])
     assert found.num_tokens == len(found.token_ids) - len(ends)
+
+
+def test_a_teacher_stops_where_its_family_closes_the_middle():
+    hole = Hole((START, 3), 6)
+    plain = random_ar()
+    (whole,) = write(plain, [hole], GREEDY)
+    end = whole.token_ids[2]
+    stops = Autoregressive(plain.model, plain.vocab, more_ends=(end,))
+    assert stops.end_ids == plain.end_ids | {end}
+    (found,) = write(stops, [hole], GREEDY)
+    size = whole.token_ids.index(end)
+    assert found.token_ids == whole.token_ids[: size + 1]
+    assert (found.finish_reason, found.num_tokens) == ("stop", size)

@@ -199,6 +199,14 @@ def test_a_teacher_that_knows_fim_sees_both_sides(fim_folder):
     assert found == expected
 
 
+def test_a_teacher_ends_where_its_family_closes_the_middle(tmp_path, fim_folder):
+    source = ar_folder(tmp_path, extra_special=(*FIM_TOKENS, "<|endoftext|>"))
+    model = open_evaluated(source, SETTINGS, "cpu").model
+    closes = model.vocab.tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    assert closes in model.end_ids
+    assert model.end_ids - {closes} == open_evaluated(fim_folder, SETTINGS, "cpu").model.end_ids
+
+
 # --- scoring -------------------------------------------------------------------------------------
 
 PAIRS = [Pair((START, *b"def "), tuple(b"f()"), "one"), Pair((START,), tuple(b"x"), "two")]

@@ -15,13 +15,14 @@ import tiny_serve
 import torch
 from starlette.requests import ClientDisconnect
 from tiny import byte_tokenizer, tiny_model
+from tiny_run import ar_folder
 from tiny_serve import Gate, byte_student, byte_vocab, eventually, running, tiny_service
 
 from mdm.autoregressive import Autoregressive
-from mdm.fim import MARKS
+from mdm.fim import FAMILIES
 from mdm.serve.app import make_app
 from mdm.serve.limits import Limits
-from mdm.serve.models import hold
+from mdm.serve.models import hold, open_teacher
 from mdm.serve.service import Service
 from mdm.vocab import read_vocab
 
@@ -293,7 +294,8 @@ def test_suffix(client, native):
 
 
 def test_suffix_for_a_teacher_with_marks():
-    vocab = read_vocab(byte_tokenizer(MARKS[0]))
+    marks = FAMILIES["starcoder"].marks
+    vocab = read_vocab(byte_tokenizer(marks))
     ar = Autoregressive(tiny_model("llama", len(vocab), layers=2, seed=1), vocab)
     service = Service(
         hold(byte_student(), name="tiny", source="x"),
@@ -305,9 +307,16 @@ def test_suffix_for_a_teacher_with_marks():
         expected = http.post("/generate", json={**fields, "prefix": PROMPT, "span": 5}).json()
         answer = ask(client, "text", prompt=PROMPT, max_tokens=5, **fields)
         assert texts(answer) == [expected["choices"][0]["text"]]
-        assert answer.usage.prompt_tokens == len(PROMPT) + len("\n    return") + len(MARKS[0])
+        assert answer.usage.prompt_tokens == len(PROMPT) + len("\n    return") + len(marks)
         with pytest.raises(openai.BadRequestError, match="as text, not as token ids"):
             ask(client, "text", prompt=[1, 2], **fields)
+
+
+def test_a_served_teacher_ends_where_its_family_closes_the_middle(tmp_path):
+    source = ar_folder(tmp_path, extra_special=(*FAMILIES["starcoder"].marks, "<|endoftext|>"))
+    served = open_teacher(source, name=None, dtype="float32", device="cpu")
+    assert served.fills_holes
+    assert served.decoder.tokenizer.convert_tokens_to_ids("<|endoftext|>") in served.end_ids
 
 
 # --- chat ------------------------------------------------------------------------------------------
