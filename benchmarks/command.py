@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 
+from .study_command import study
+
 COUNT = click.IntRange(min=1)
+Number = TypeVar("Number", int, float)
 
 
 @click.command(short_help="Train on this machine and show the gain.")
@@ -197,3 +202,113 @@ def serve(
     if picture is not None:
         draw(record, picture)
     click.echo(describe(record))
+
+
+@bench.command("targets")
+@click.option("--teacher", default="embedded", show_default=True, help="AR model that is asked.")
+@click.option("--student", help="Student folder.  [default: the last finished run in runs/]")
+@click.option("--no-student", is_flag=True, help="Leave the student's proposals out.")
+@click.option("--text", default="stdlib", show_default=True,
+              help="stdlib, humaneval, or teacher (its own samples after stdlib contexts).")  # fmt: skip
+@click.option("--rows", default=4, show_default=True, help="Texts.")
+@click.option("--context", default=64, show_default=True, help="Clean tokens before the block.")
+@click.option("--block", default=16, show_default=True, help="Tokens of the block.")
+@click.option("--levels", default="0.2,0.5,0.8", show_default=True, help="Share that is masked.")
+@click.option("--fills", default="4,8,16,32", show_default=True, help="Ways to fill the masks (K).")
+@click.option("--candidates", default=16, show_default=True, help="Of suffix scoring.")
+@click.option("--prune", default=1e-3, show_default=True, help="Mass that suffix_pruned may drop.")
+@click.option("--draws", default=1, show_default=True, help="Answers of each estimator.")
+@click.option("--reference", default="adaptive", show_default=True,
+              help="adaptive, importance, smc, i_sir or csmc.")  # fmt: skip
+@click.option("--reference-fills", default=256, show_default=True, help="In two halves.")
+@click.option("--dtype", default="fp32", show_default=True, help="Of the teacher: fp32 or bf16.")
+@click.option("--seed", default=0, show_default=True, help="Of texts, masks and fills.")
+@click.option("--table", type=click.Path(path_type=Path), help="Markdown file for all lines.")
+@click.option("--plot", "picture", type=click.Path(path_type=Path), help="PNG file to draw.")
+@click.option("--record", "path", type=click.Path(path_type=Path),
+              default=Path("benchmarks/results/targets.jsonl"), show_default=True,
+              help="JSONL file to add the record to.")  # fmt: skip
+def targets(
+    student: str | None,
+    no_student: bool,
+    levels: str,
+    fills: str,
+    table: Path | None,
+    picture: Path | None,
+    path: Path,
+    **others: Any,
+) -> None:
+    """Price and error of every soft target on a real teacher, against a high-budget reference.
+
+    Real code, a block with some masks after clean text. Positions with visible tokens to their right
+    (holes) and without (tails) are asked for separately.
+    """
+    from mdm.errors import CheckpointError, ConfigError
+    from mdm.runs import last_finished
+
+    from . import targets as measured
+    from .targets_report import describe, markdown
+    from .targets_report import plot as draw
+
+    if student and no_student:
+        raise ConfigError("--student and --no-student cannot both be given")
+    if not student and not no_student:
+        try:
+            student = str(last_finished())
+        except CheckpointError:
+            student = None  # the card says so
+    settings = measured.TargetsBench(
+        student=student,
+        levels=_numbers("--levels", levels, float),
+        fills=_numbers("--fills", fills, int),
+        **others,
+    )
+    record = measured.run(settings, path, lambda text: click.echo(text, err=True))
+    if table is not None:
+        table.write_text(markdown(record), encoding="utf-8")
+    if picture is not None:
+        draw(record, picture)
+    click.echo(describe(record))
+
+
+def _numbers(option: str, text: str, kind: Callable[[str], Number]) -> tuple[Number, ...]:
+    """The numbers of a list such as "8,16,32"; raises ConfigError."""
+    from mdm.errors import ConfigError
+
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError as error:
+        raise ConfigError(
+            f"{option} must be {'whole ' if kind is int else ''}numbers with commas; got {text!r}"
+        ) from error
+
+
+bench.add_command(study)
+
+
+@bench.command("suffix")
+@click.option("--model", default="embedded", show_default=True, help="AR model of all sides.")
+@click.option("--candidates", default=128, show_default=True, help="Candidates a position.")
+@click.option("--length", default=256, show_default=True, help="Tokens of a text.")
+@click.option("--rows", default=3, show_default=True, help="Texts, from the standard library.")
+@click.option("--positions", default=6, show_default=True, help="Masked positions of each text.")
+@click.option("--loop-positions", default=2, show_default=True,
+              help="Of them, how many the plain loop is timed on.")  # fmt: skip
+@click.option("--repeats", default=1, show_default=True, help="How often all is timed.")
+@click.option("--prune", default=2e-3, show_default=True, help="Mass that the fast mode may drop.")
+@click.option("--tail-draws", default=16, show_default=True,
+              help="Draws for the mass outside the candidates, not timed.")  # fmt: skip
+@click.option("--seed", default=0, show_default=True, help="Of texts and positions.")
+@click.option("--record", "path", type=click.Path(path_type=Path),
+              default=Path("benchmarks/results/suffix.jsonl"), show_default=True,
+              help="JSONL file to add the record to.")  # fmt: skip
+def suffix(path: Path, **settings: Any) -> None:
+    """Suffix scoring against the plain loop of one full forward for each candidate.
+
+    The exact mode has to agree with the loop; the fast mode's distance from it is measured.
+    """
+    from . import suffix_cost as measured
+
+    bench_settings = measured.SuffixBench(**settings)
+    record = measured.run(bench_settings, path, lambda text: click.echo(text, err=True))
+    click.echo(measured.describe(record))

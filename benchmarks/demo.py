@@ -100,8 +100,8 @@ def find_holes(rows: Rows, start_id: int, *, count: int, seed: int) -> list[Hole
     holes = []
     order = torch.randperm(len(rows), generator=generator("holes", seed)).tolist()
     for index in order:
-        tokens_BL, documents_BL, _ = rows.batch([index])
-        ids, documents = tokens_BL[0].tolist(), documents_BL[0]
+        data = rows.batch([index])
+        ids, documents = data.tokens_BL[0].tolist(), data.document_ids_BL[0]
         longest = max(set(documents.tolist()) - {-1}, key=lambda d: int((documents == d).sum()))
         where = (documents == longest).nonzero()[:, 0].tolist()
         first, last = where[0] + CONTEXT, where[-1] + 1 - CONTEXT - SPAN

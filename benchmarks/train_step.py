@@ -29,6 +29,7 @@ from mdm.convert import StudentSettings, convert
 from mdm.denoiser import Denoiser
 from mdm.record import append_record, make_record, to_json
 from mdm.train.objective import MaskedBatch, ObjectiveSettings, loss_sums, mask_batch, soft_targets
+from mdm.train.placement import MaskSettings
 from mdm.train.targets import TargetSettings
 from mdm.train.teachers.ar import ARTeacher, load_teacher
 
@@ -123,6 +124,8 @@ def make_setting(settings: StepSettings) -> Setting:
         tokens_BL,
         torch.zeros_like(tokens_BL),
         maskable_BL,
+        torch.zeros_like(tokens_BL),
+        masks=MaskSettings(),
         mask_id=denoiser.mask_id,
         seed=settings.seed,
         step=0,

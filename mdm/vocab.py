@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import VocabError, unknown
 
@@ -60,14 +60,32 @@ class Vocab:
         """`encode` for many texts at once."""
         if not texts:
             return []
-        encoded = self.tokenizer(
+        return [list(ids) for ids in self._encoded(texts)["input_ids"]]
+
+    def encode_batch_with_spans(
+        self, texts: Sequence[str]
+    ) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """`encode_batch`, and for each token the characters (from, to) of the text that it covers.
+
+        Tokens that hold parts of one character (the bytes of an emoji) all cover the whole of it.
+        """
+        if not texts:
+            return []
+        encoded = self._encoded(texts, return_offsets_mapping=True)
+        return [
+            (list(ids), list(spans))
+            for ids, spans in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        ]
+
+    def _encoded(self, texts: Sequence[str], **options: bool) -> Any:
+        return self.tokenizer(
             list(texts),
             add_special_tokens=False,
             split_special_tokens=True,
             return_attention_mask=False,
             verbose=False,
+            **options,
         )
-        return [list(ids) for ids in encoded["input_ids"]]
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Ids of a conversation in the tokenizer's template, ready for the assistant's next words.

@@ -651,3 +651,353 @@ def greedy_continuation(
         tokens.append(token)
         written.append(token)
     return written, log_prob / len(written)
+
+
+# --- 8. Monte-Carlo targets, one position at a time -----------------------------------------------
+#
+# Each estimate is a function of what is chosen on the way: `choose(probabilities, name)` answers with
+# an index. `chosen_by(uniforms)` makes it the inverse of the distribution function at given numbers;
+# `outcomes(run)` makes all choices there are, for exact expectations. Names of choices:
+# ("fill", position, k), ("systematic", event), ("parent", event, k).
+
+Choose = Callable[[Sequence[float], tuple], int]
+
+
+def inverse_cdf(probs: Sequence[float], u: float) -> int:
+    """The smallest index whose cumulative share exceeds u."""
+    total, upto = math.fsum(probs), 0.0
+    for index, prob in enumerate(probs):
+        upto += prob
+        if upto > u * total:
+            return index
+    raise AssertionError("u must be below 1")
+
+
+def chosen_by(uniforms: Callable[[tuple], float]) -> Choose:
+    """Choices from a uniform number for each name."""
+    return lambda probs, name: inverse_cdf(probs, uniforms(name))
+
+
+def outcomes(run: Callable[[Choose], object]) -> Iterator[tuple[float, object]]:
+    """The result of `run` for every sequence of choices it can make, with its probability."""
+    todo: list[tuple[int, ...]] = [()]
+    while todo:
+        made = todo.pop()
+        taken: list[int] = []
+        total = 1.0
+
+        def choose(probs, _name, made=made, taken=taken):
+            nonlocal total
+            if len(taken) < len(made):
+                index = made[len(taken)]
+            else:
+                index, *others = [i for i, prob in enumerate(probs) if prob > 0]
+                todo.extend((*taken, other) for other in others)
+            taken.append(index)
+            total *= probs[index] / math.fsum(probs)
+            return index
+
+        result = run(choose)
+        yield total, result
+
+
+def limits(
+    masked: Iterable[int], position: int, length: int, *, window=0, block=0, fill="region"
+) -> tuple[list[int], int]:
+    """The holes that are filled for the target of a position, and where its evidence ends.
+
+    Positions count from the start of the document, which has `length` tokens. Evidence is visible and
+    ends with the document, with the block, or `window` tokens to the right; the end is exclusive.
+    """
+    masked = set(masked)
+    first, last = 0, length
+    if block:
+        first = position - position % block
+        last = min(last, first + block)
+    if window:
+        last = min(last, position + window + 1)
+    end = max([j for j in range(position + 1, last) if j not in masked], default=position) + 1
+    holes = [j for j in range(first, end) if j in masked]
+    if fill == "span":
+        holes = [
+            j for j in holes if masked.issuperset(range(min(j, position), max(j, position) + 1))
+        ]
+    return holes, end
+
+
+class FillEstimate(NamedTuple):
+    """A target and what it was made of."""
+
+    target_V: Tensor
+    ess: float  # (Σ w)² / Σ w²; NaN if every weight is 0, where the target is left-only
+    texts: list[list[int]]
+    weights: list[float]
+    evidence: float  # estimate of P(visible tokens from the first hole to the end)
+    resampled: int  # how many times
+
+
+def effective_number(weights: Sequence[float]) -> float:
+    """(Σ w)² / Σ w²."""
+    total = math.fsum(weights)
+    return total**2 / math.fsum(weight**2 for weight in weights) if total else math.nan
+
+
+def systematic_outcomes(weights: Sequence[float]) -> list[tuple[float, list[int]]]:
+    """All parents that systematic resampling can give, in the order of its one uniform number u.
+
+    The parent of fill k is the inverse of the distribution function at (k + u) / K.
+    """
+    fills, total = len(weights), math.fsum(weights)
+    upto = [math.fsum(weights[: k + 1]) / total * fills for k in range(fills)]
+    breaks = sorted({0.0, 1.0, *(place - math.floor(place) for place in upto)})
+    return [
+        (high - low, [inverse_cdf(weights, (k + (low + high) / 2) / fills) for k in range(fills)])
+        for low, high in itertools.pairwise(breaks)
+    ]
+
+
+def fill_estimate(
+    next_log_probs: NextLogProbs,
+    x_L: Sequence[int],
+    holes: Sequence[int],
+    position: int,
+    end: int,
+    fills: int,
+    choose: Choose,
+    *,
+    reference: bool = False,
+    resampling: str = "",
+    threshold: float = 0.5,
+    heads: bool = True,
+) -> FillEstimate:
+    """K weighted fills from left to right, all at the same position.
+
+    reference   fill 0 is the text itself
+    resampling  before a hole, if the effective number of fills is below threshold · K: "systematic", or
+                "conditional" (fill 0 stays, each other one gets a parent by weight)
+    heads       where no evidence stands to the right, average the next-token heads (Rao-Blackwell)
+    """
+    tokens = [int(token) for token in x_L]
+    texts = [tokens[: holes[0]] for _ in range(fills)]
+    weights, evidence, events = [1.0] * fills, 1.0, 0
+    last_heads: list[Tensor] = []
+    for j in range(holes[0], end):
+        few = math.fsum(weights) > 0 and effective_number(weights) < threshold * fills
+        if resampling and few and j in holes and j != holes[0]:
+            evidence *= math.fsum(weights) / fills
+            if resampling == "systematic":
+                possible = systematic_outcomes(weights)
+                chosen = choose([prob for prob, _ in possible], ("systematic", events))
+                parents = possible[chosen][1]
+            else:
+                assert resampling == "conditional"
+                parents = [0, *(choose(weights, ("parent", events, k)) for k in range(1, fills))]
+            texts, weights = [list(texts[parent]) for parent in parents], [1.0] * fills
+            events += 1
+        log_probs = [next_log_probs(text) for text in texts]
+        if j == position:
+            last_heads = log_probs
+            if heads and end == position + 1:
+                break
+        for k, text in enumerate(texts):
+            probs = log_probs[k].exp().tolist()
+            if j not in holes:
+                weights[k] *= probs[tokens[j]]
+                text.append(tokens[j])
+            elif reference and k == 0:
+                text.append(tokens[j])
+            else:
+                text.append(choose(probs, ("fill", j, k)))
+    evidence *= math.fsum(weights) / fills
+    if not math.fsum(weights):
+        target_V = left_only(next_log_probs, tokens, position)
+    elif heads and end == position + 1:
+        target_V = averaged([p_V.exp() for p_V in last_heads], weights)
+    else:
+        num_words = len(last_heads[0])
+        target_V = averaged([one_hot(text[position], num_words) for text in texts], weights)
+    return FillEstimate(target_V, effective_number(weights), texts, weights, evidence, events)
+
+
+def one_hot(token: int, num_words: int) -> Tensor:
+    """(V,) float64."""
+    result_V = torch.zeros(num_words, dtype=torch.float64)
+    result_V[token] = 1
+    return result_V
+
+
+def averaged(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Σ w · value / Σ w."""
+    share = torch.tensor(weights, dtype=torch.float64) / math.fsum(weights)
+    return sum(s * value.double() for s, value in zip(share, values, strict=True))
+
+
+def importance_estimate(*arguments, **options) -> FillEstimate:
+    """Likelihood weighting: K fresh forced fills. Arguments of all: see `fill_estimate`."""
+    return fill_estimate(*arguments, **options)
+
+
+def smc_estimate(*arguments, **options) -> FillEstimate:
+    """Sequential Monte Carlo with systematic resampling below K/2."""
+    return fill_estimate(*arguments, resampling="systematic", **options)
+
+
+def i_sir_estimate(*arguments, **options) -> FillEstimate:
+    """Iterated sampling importance resampling: K - 1 fresh fills and the text's own."""
+    return fill_estimate(*arguments, reference=True, **options)
+
+
+def csmc_estimate(*arguments, **options) -> FillEstimate:
+    """Conditional SMC: the text's own fill survives every resampling."""
+    return fill_estimate(*arguments, reference=True, resampling="conditional", **options)
+
+
+def mc_literal_estimate(next_log_probs, x_L, holes, position, _end, fills, choose) -> FillEstimate:
+    """The mean next-token head over K unweighted fills; nothing to the right of `position` counts."""
+    # Visible tokens must not weigh: what is known is given to the teacher as a prefix, no more.
+    tokens = [int(token) for token in x_L]
+    texts = []
+    for k in range(fills):
+        text = tokens[: holes[0]]
+        for j in range(holes[0], position):
+            probs = next_log_probs(text).exp().tolist()
+            text.append(choose(probs, ("fill", j, k)) if j in holes else tokens[j])
+        texts.append(text)
+    weights = [1.0] * fills
+    target_V = averaged([next_log_probs(text).exp() for text in texts], weights)
+    return FillEstimate(target_V, float(fills), texts, weights, math.nan, 0)
+
+
+def student_estimate(
+    next_log_probs: NextLogProbs,
+    x_L: Sequence[int],
+    holes: Sequence[int],
+    position: int,
+    end: int,
+    fills: int,
+    choose: Choose,
+    *,
+    proposals: dict[int, Sequence[float]],
+    reference: bool = True,
+    heads: bool = True,
+) -> FillEstimate:
+    """Fills from a product of marginals r, one (V,) for each hole: w = p(completed text) / r(fill).
+
+    Where no evidence stands to the right, only what stands to the left of the position weighs.
+    """
+    tokens = [int(token) for token in x_L]
+    stop = position if heads and end == position + 1 else end
+    texts, weights, last_heads = [], [], []
+    for k in range(fills):
+        text, weight = tokens[: holes[0]], 1.0
+        for j in range(holes[0], stop):
+            token = tokens[j]
+            if j in holes and not (reference and k == 0):
+                token = choose(proposals[j], ("fill", j, k))
+            weight *= float(next_log_probs(text)[token].exp())
+            if j in holes:
+                weight /= proposals[j][token] / math.fsum(proposals[j])
+            text.append(token)
+        texts.append(text)
+        weights.append(weight)
+        last_heads.append(next_log_probs(text[:position]).exp())
+    if not math.fsum(weights):
+        target_V = left_only(next_log_probs, tokens, position)
+    elif stop == position:
+        target_V = averaged(last_heads, weights)
+    else:
+        num_words = len(last_heads[0])
+        target_V = averaged([one_hot(text[position], num_words) for text in texts], weights)
+    evidence = math.fsum(weights) / fills
+    return FillEstimate(target_V, effective_number(weights), texts, weights, evidence, 0)
+
+
+def mixture(slots: Sequence[tuple[int, float]], allowed: Sequence[int], mix: float) -> dict:
+    """{token: probability} of (1 - mix) · r + mix · uniform; r has (token, probability) slots.
+
+    r is cut down to the allowed tokens and renormalised.
+    """
+    inside = [(token, prob) for token, prob in slots if token in allowed]
+    total = math.fsum(prob for _, prob in inside)
+    result = {token: mix / len(allowed) for token in allowed}
+    for token, prob in inside:
+        result[token] += (1 - mix) * prob / total
+    return result
+
+
+def mixture_draw(
+    slots: Sequence[tuple[int, float]], allowed: Sequence[int], mix: float, u: float
+) -> int:
+    """A token of the mixture: [0, mix) of u is the uniform's part, the rest goes to the slots."""
+    if u < mix:
+        return sorted(allowed)[int(u / mix * len(allowed))]
+    probs = [prob if token in allowed else 0.0 for token, prob in slots]
+    return slots[inverse_cdf(probs, (u - mix) / (1 - mix))][0]
+
+
+# --- 9. suffix scoring with a tail, and with pruning -----------------------------------------------
+
+
+def suffix_candidates(
+    next_log_probs: NextLogProbs, x_L: Sequence[int], position: int, count: int
+) -> list[int]:
+    """The `count` likeliest tokens by the left side; the true one takes the last place if missing."""
+    tokens = [int(token) for token in x_L]
+    best = next_log_probs(tokens[:position]).argsort(descending=True, stable=True).tolist()[:count]
+    return best if tokens[position] in best else [*best[:-1], tokens[position]]
+
+
+def suffix_scores(next_log_probs, x_L, position, candidates, end) -> list[float]:
+    """g(v) = p(v | left) · p(the tokens up to `end` | left, v), a number for each candidate."""
+    tokens = [int(token) for token in x_L]
+    branches = [[*tokens[:position], v, *tokens[position + 1 : end]] for v in candidates]
+    return [math.exp(ar_log_prob(next_log_probs, b, position, end)) for b in branches]
+
+
+def tail_estimate(
+    next_log_probs, x_L, position, candidates, end, draws: int, choose: Choose
+) -> tuple[Tensor, float]:
+    """(C,) q over the candidates and the mass outside them, by tokens drawn from the others.
+
+    A drawn token stands for P(not a candidate | left) · p(right | left, token) / number of draws.
+    """
+    tokens = [int(token) for token in x_L]
+    prior = next_log_probs(tokens[:position]).exp().tolist()
+    others = [0.0 if v in candidates else p for v, p in enumerate(prior)]
+    tail = 0.0
+    if math.fsum(others) > 0:
+        for m in range(draws):
+            v = choose(others, ("tail", position, m))
+            (score,) = suffix_scores(next_log_probs, tokens, position, [v], end)
+            tail += math.fsum(others) * score / prior[v] / draws
+    scores = suffix_scores(next_log_probs, tokens, position, candidates, end)
+    total = math.fsum(scores) + tail
+    return torch.tensor(scores, dtype=torch.float64) / total, tail / total
+
+
+def pruned(
+    next_log_probs, x_L, position, candidates, end, prune: float, first_round: int = 2
+) -> tuple[list[int], float]:
+    """The candidates that are left at the end, and the posterior mass that the others had when dropped.
+
+    After 0, 2, 4, 8, … tokens of the right side the least likely candidates go, as long as their share
+    among those that are left is within the round's budget. Never the true token; never at the end,
+    where nothing can be saved any more.
+    """
+    alive, dropped = list(candidates), 0.0
+    length = end - position - 1
+    read, rounds = [0], 0
+    while read[-1] < length:
+        read.append(min(length, first_round * 2**rounds))
+        rounds += 1
+    for upto in read[:-1]:
+        scores = suffix_scores(next_log_probs, x_L, position, alive, position + 1 + upto)
+        share = dict(zip(alive, [score / math.fsum(scores) for score in scores], strict=True))
+        spent = 0.0
+        for v in sorted(set(alive) - {int(x_L[position])}, key=share.__getitem__):
+            if spent + share[v] > prune / (rounds + 1):
+                break
+            spent += share[v]
+            alive.remove(v)
+        dropped += spent
+    return alive, dropped

@@ -4,13 +4,14 @@ import pytest
 import tiny
 import torch
 from tiny_run import VOCAB, ar_folder, ar_teacher, tiny_denoiser
+from tiny_targets import question, random_proposals
 
 from mdm.checkpoint import save_denoiser
 from mdm.errors import CheckpointError, VocabError
 from mdm.train.targets import TargetSettings
 from mdm.train.teachers.ar import load_teacher
 from mdm.train.teachers.chunks import in_chunks
-from mdm.train.teachers.kinds import TARGETS
+from mdm.train.teachers.kinds import TARGETS, answer
 
 
 @pytest.fixture(scope="module")
@@ -62,15 +63,42 @@ def test_a_reused_mask_token_gets_no_mass(tmp_path, kind):
     vocab = tiny_denoiser(folder, mask_token="<|spare|>").vocab
     teacher = load_teacher(folder, vocab, dtype=torch.float32)
     assert vocab.mask_id < teacher.num_tokens
-    x0_BL = torch.tensor([[256, *b"def f()"]])
-    wanted_BL = torch.arange(8)[None] > 0
-    settings = TargetSettings(kind=kind, top_k=10**6, candidates=10**6, branch_tokens=10**6)
-    targets = TARGETS[kind](
-        teacher, x0_BL, wanted_BL, torch.zeros_like(x0_BL), settings=settings, temperature=1.0
+    proposals = random_proposals(7, torch.Generator().manual_seed(0), vocab.mask_id + 1)
+    asked = question([[256, *b"def f()"]], list(range(1, 8)), proposals=proposals)
+    settings = TargetSettings(
+        kind=kind,
+        top_k=10**6,
+        candidates=10**6,
+        student_candidates=4,
+        branch_tokens=10**6,
+        fills=64,
     )
+    targets = answer(teacher, asked, settings=settings, temperature=1.0)
     on_mask_NK = targets.token_ids_NK == vocab.mask_id
     assert (targets.log_probs_NK[on_mask_NK] == -torch.inf).all()
     torch.testing.assert_close(targets.log_probs_NK.exp().sum(1), torch.ones(7))
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_text_is_never_shown_with_a_mask(tmp_path, kind, monkeypatch):
+    """Whatever a teacher is asked, no token it reads is the student's mask or outside its vocabulary."""
+    folder = ar_folder(tmp_path, extra_special=("<|spare|>",))
+    vocab = tiny_denoiser(folder, mask_token="<|spare|>").vocab
+    teacher, shown = load_teacher(folder, vocab, dtype=torch.float32), []
+    call = type(teacher).call
+
+    def spied(self, x_BL, outputs_BL, cache, **layout):
+        shown.append(x_BL)
+        return call(self, x_BL, outputs_BL, cache, **layout)
+
+    monkeypatch.setattr(type(teacher), "call", spied)
+    proposals = random_proposals(5, torch.Generator().manual_seed(0), vocab.mask_id + 40)
+    asked = question([[256, *b"def f()"]], [1, 2, 4, 5, 7], proposals=proposals)
+    settings = TargetSettings(kind=kind, student_candidates=8, tail_draws=4, fills=64)
+    answer(teacher, asked, settings=settings, temperature=1.0)
+    fed = torch.cat([x_BL.flatten() for x_BL in shown])
+    assert (fed != vocab.mask_id).all()
+    assert fed.max() < teacher.num_tokens
 
 
 @pytest.mark.parametrize(("family", "window"), [("mistral", 8), ("gemma3", 64)])

@@ -69,6 +69,22 @@ def test_inspect_counts_what_is_left_out(tmp_path, code, tokenizer):
     assert "--- document 0, read: 1 tokens" in text
 
 
+def test_inspect_shows_the_share_of_each_class(tmp_path, tokenizer):
+    (tmp_path / "code").mkdir()
+    for i in range(2):
+        (tmp_path / "code" / f"{i}.py").write_text(f"f{i}n=+{i}7#cd\n")
+    # 10 characters, a line end and an eos.
+    expected = {"identifier 25.0%", "comment 25.0%", "other 16.7%", "literal 16.7%"}
+    expected |= {"operator 16.7%", "keyword 0.0%"}
+    text = run("inspect", tmp_path / "code", "--tokenizer", tokenizer)
+    for line in text.splitlines()[1:4:2]:
+        assert set(line.strip().split(", ")) == expected
+    text = run(
+        "inspect", tmp_path / "code", "--tokenizer", tokenizer, "--set", "data.language=none"
+    )
+    assert text.count("other 100.0%") == 2
+
+
 def test_wrong_settings_and_tokenizers_are_named(tmp_path, code, tokenizer):
     with pytest.raises(ConfigError, match=r"'data.lenght'; did you mean 'data.length'"):
         run("inspect", code, "--tokenizer", tokenizer, "--set", "data.lenght=3")

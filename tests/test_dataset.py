@@ -11,7 +11,8 @@ import pytest
 from mdm.config import build, to_tree
 from mdm.errors import CheckpointError, ConfigError, DataError, VocabError
 from mdm.train import splits
-from mdm.train.dataset import DataSettings, PreparedData, prepare
+from mdm.train.dataset import DataSettings, PreparedData, open_prepared, prepare
+from mdm.train.weighting import CLASSES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,13 @@ class ByteVocab:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(text.encode()) for text in texts]
+
+    def encode_batch_with_spans(self, texts):
+        spans = [
+            [(i, i + 1) for i, character in enumerate(text) for _ in character.encode()]
+            for text in texts
+        ]
+        return list(zip(self.encode_batch(texts), spans, strict=True))
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         return list("".join(f"<{m['role']}>{m['content']}" for m in messages).encode())
@@ -208,6 +216,76 @@ def test_the_mask_token_may_not_occur(tmp_path):
         prepare(settings(source), ByteVocab(mask_id=ord("k")), tmp_path / "out")
 
 
+# --- classes of tokens ---------------------------------------------------------------------------
+
+
+def classes_of(data):
+    """The text of each class in the training rows, without start, eos, padding and white space."""
+    found = dict.fromkeys(CLASSES, b"")
+    for tokens, _, _, classes in zip(*data.train.batch(range(len(data.train))), strict=True):
+        for token, number in zip(tokens.tolist(), classes.tolist(), strict=True):
+            if token < 256:
+                found[CLASSES[number]] += bytes([token])
+            else:
+                assert number == 0
+    texts = {name: "".join(text.decode().split()) for name, text in found.items()}
+    return {name: text for name, text in texts.items() if text}
+
+
+PYTHON = "def f(x):\n    return 'abc'  # note\n"
+UNKNOWN = {"other": "".join(PYTHON.split())}
+EXPECTED = {"keyword": "defreturn", "identifier": "fx", "operator": "():", "literal": "'abc'"}
+EXPECTED |= {"comment": "#note"}
+SCRIPT = {"identifier": "a", "operator": "=", "literal": "1", "comment": "//b"}
+CHAT = [{"role": "user", "content": "def"}, {"role": "assistant", "content": "return"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "language", "expected"),
+    [
+        ({"text": PYTHON}, "python", EXPECTED),
+        ({"text": PYTHON, "origin": "a/b.py"}, "auto", EXPECTED),
+        ({"text": "a = 1 // b", "origin": "b.js"}, "auto", SCRIPT),
+        ({"text": PYTHON}, "auto", UNKNOWN),
+        ({"text": PYTHON, "origin": "a.py"}, "none", UNKNOWN),
+        (
+            {"prompt": "def g(y):", "response": " return 3", "origin": "a.py"},
+            "auto",
+            {"other": "defg(y):", "keyword": "return", "literal": "3"},
+        ),
+        ({"messages": CHAT}, "python", {"other": "<user>defreturn"}),
+    ],
+)
+def test_tokens_have_classes_where_a_language_is_known(tmp_path, row, language, expected):
+    source = write_rows(tmp_path / "a.jsonl", [row])
+    chosen = settings(source, language=language, held_out_fraction=0.0)
+    assert classes_of(prepare(chosen, VOCAB, tmp_path / "out")) == expected
+
+
+def test_classes_are_counted_over_what_is_learnt(tmp_path):
+    rows = [{"prompt": "def g(y):", "response": " return 3", "origin": "a.py"}]
+    source = write_rows(tmp_path / "a.jsonl", rows)
+    chosen = settings(source, language="auto", held_out_fraction=0.0, eos_padding="none")
+    counts = prepare(chosen, VOCAB, tmp_path / "out").manifest["splits"]["train"]
+    # Two spaces and the eos are "other".
+    expected = dict.fromkeys(CLASSES, 0) | {"other": 3, "literal": 1, "keyword": 6}
+    assert counts["classes"] == expected
+    assert sum(expected.values()) == counts["maskable_tokens"]
+
+
+def test_classes_follow_a_document_through_rows(tmp_path):
+    (tmp_path / "code").mkdir()
+    text = "".join(f"name_{i} = {i}  # é\r\n" for i in range(60))
+    (tmp_path / "code" / "a.py").write_bytes(text.encode())
+    chosen = settings(str(tmp_path / "code"), language="auto", held_out_fraction=0.0)
+    assert classes_of(prepare(chosen, VOCAB, tmp_path / "out")) == {
+        "identifier": "".join(f"name_{i}" for i in range(60)),
+        "literal": "".join(map(str, range(60))),
+        "operator": "=" * 60,
+        "comment": "#é" * 60,
+    }
+
+
 # --- nothing to learn from -----------------------------------------------------------------------
 
 
@@ -254,6 +332,7 @@ def test_any_change_prepares_anew(tmp_path, code):
     assert is_reused()
     assert not is_reused(length=65)
     assert not is_reused(split_seed=1)
+    assert not is_reused(language="auto")
     assert not is_reused(vocab=ByteVocab(fingerprint="other"))
     assert not is_reused(vocab=ByteVocab(eos_id=260))
     prepare(settings(str(code)), VOCAB, tmp_path / "out")
@@ -265,6 +344,15 @@ def test_any_change_prepares_anew(tmp_path, code):
     assert not prepare(settings(str(code)), VOCAB, tmp_path / "out").reused
 
 
+def make_old(out):
+    """As a folder was before rows had classes."""
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["made_from"]["format"] = 1
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    for split in ("train", "held_out"):
+        (out / split / "classes.npy").unlink()
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -274,6 +362,8 @@ def test_any_change_prepares_anew(tmp_path, code):
         lambda out: (out / "train" / "tokens.npy").unlink(),
         lambda out: os.truncate(out / "train" / "tokens.npy", 200),
         lambda out: (out / "held_out" / "maskable.npy").write_bytes(b""),
+        lambda out: (out / "held_out" / "classes.npy").unlink(),
+        lambda out: make_old(out),
         lambda out: shutil.copytree(out / "held_out", out / "train", dirs_exist_ok=True),
     ],
 )
@@ -284,6 +374,14 @@ def test_half_written_data_is_not_taken_for_finished(tmp_path, code, damage):
     data = prepare(settings(str(code)), VOCAB, tmp_path / "out")
     assert not data.reused
     assert texts(data.train) == expected
+
+
+def test_old_rows_are_not_read(tmp_path, code):
+    """What a run sees that is resumed from before rows had classes."""
+    prepare(settings(str(code)), VOCAB, tmp_path / "out")
+    make_old(tmp_path / "out")
+    with pytest.raises(DataError, match=r"rows of format 1.*reads format 2.*start a new run"):
+        open_prepared(tmp_path / "out")
 
 
 def test_a_failure_keeps_what_was_there(tmp_path, code, monkeypatch):
@@ -320,6 +418,7 @@ def test_a_folder_of_other_things_is_never_replaced(tmp_path, code):
         ({"min_tokens": 0}, r"data\.min_tokens.*got 0"),
         ({"max_tokens": -1}, r"data\.max_tokens.*got -1"),
         ({"eos_padding": "blok"}, "did you mean 'block'"),
+        ({"language": "pyton"}, r"data\.language 'pyton'; did you mean 'python'"),
         ({"held_out_fraction": 1.0}, r"data\.held_out_fraction.*got 1\.0"),
         ({"kind": "text"}, "unknown setting 'kind'"),
     ],

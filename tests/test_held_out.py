@@ -31,7 +31,8 @@ class Listed:
         tokens_BL = torch.tensor([self.rows[i][0] for i in indices])
         given_B = torch.tensor([self.rows[i][1] for i in indices])
         maskable_BL = torch.arange(tokens_BL.shape[1]) >= given_B[:, None]
-        return RowBatch(tokens_BL, torch.zeros_like(tokens_BL), maskable_BL)
+        zeros_BL = torch.zeros_like(tokens_BL)
+        return RowBatch(tokens_BL, zeros_BL, maskable_BL, zeros_BL)
 
 
 @pytest.fixture(scope="module")

@@ -5,17 +5,12 @@ import pytest
 import tiny
 import torch
 from tiny_run import ar_teacher
+from tiny_targets import V, dense
 
-from mdm.train.targets import TargetSettings
+from mdm.train.targets import Question, TargetSettings
 from mdm.train.teachers.left import left_only
 
-V = 5
 X0 = [[0, 3, 1, 4, 2, 2], [0, 1, 1, 3, 0, 4]]
-
-
-def dense(targets):
-    p_NV = torch.zeros(len(targets), V, dtype=torch.float64)
-    return p_NV.scatter_add_(1, targets.token_ids_NK, targets.log_probs_NK.double().exp())
 
 
 def ask(model, x0_BL, wanted_BL=None, ids_BL=None, *, temperature=1.0, **settings):
@@ -24,8 +19,10 @@ def ask(model, x0_BL, wanted_BL=None, ids_BL=None, *, temperature=1.0, **setting
         wanted_BL = torch.ones_like(x0_BL).bool()
         wanted_BL[:, 0] = False
     ids_BL = torch.zeros_like(x0_BL) if ids_BL is None else torch.tensor(ids_BL)
+    keys = tuple((0, 0, row) for row in range(len(x0_BL)))
+    question = Question(x0_BL, wanted_BL, wanted_BL, ids_BL, keys)
     options = {"settings": TargetSettings(**settings), "temperature": temperature}
-    return left_only(ar_teacher(model), x0_BL, wanted_BL, ids_BL, **options)
+    return left_only(ar_teacher(model), question, **options)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
@@ -48,6 +45,23 @@ def test_is_not_the_posterior_where_something_visible_stands_to_the_right():
         distance.append(float((p_NV[i - 1] - q_V).abs().sum() / 2))
     assert min(distance[:-1]) > 0.05
     assert distance[-1] < 1e-6  # the last position has no right side
+
+
+def test_masks_change_nothing():
+    """Only the clean text to the left counts: one pass serves every mask."""
+    model = tiny.toy_ar(V)
+    x0_BL, ids_BL = torch.tensor(X0), torch.zeros(2, 6).long()
+    wanted_BL = torch.zeros_like(ids_BL).bool()
+    wanted_BL[:, 3] = True
+    answers = []
+    for more in ([], [1, 2], [4, 5]):
+        masked_BL = wanted_BL.clone()
+        masked_BL[:, more] = True
+        question = Question(x0_BL, masked_BL, wanted_BL, ids_BL, ((0,), (1,)))
+        options = {"settings": TargetSettings(), "temperature": 1.0}
+        answers.append(dense(left_only(ar_teacher(model), question, **options)))
+    assert torch.equal(answers[0], answers[1])
+    assert torch.equal(answers[0], answers[2])
 
 
 def test_packed_documents_are_separate_documents_and_padding_is_nothing():

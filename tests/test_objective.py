@@ -16,15 +16,17 @@ from mdm.train.objective import (
     ObjectiveSettings,
     check_objective,
     kd_lambda_at,
+    loss_meaning,
     loss_sums,
     mask_batch,
     soft_targets,
-    subset_correction,
 )
+from mdm.train.placement import MaskSettings
 from mdm.train.targets import SoftTargets, TargetSettings
 
 START, PAD, MASK = 256, 258, VOCAB
 EVERYTHING = TargetSettings(top_k=10**6)
+UNIFORM = MaskSettings()
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +44,16 @@ def rows(count=4):
     tokens = [START, *b"abcdef", START, *b"ghij", PAD, PAD]
     ids = [0] * 7 + [1] * 5 + [-1] * 2
     maskable = [False] + [True] * 6 + [False] * 3 + [True] * 2 + [False] * 2
-    return [torch.tensor([line] * count) for line in (tokens, ids, maskable)]
+    classes = [0, 1, 1, 4, 2, 3, 1, 0, 1, 1, 5, 2, 0, 0]
+    return [torch.tensor([line] * count) for line in (tokens, ids, maskable, classes)]
 
 
-def drawn(data, *, step=0, samples=None, per_step=None, seed=0, **settings):
+def drawn(data, *, step=0, samples=None, per_step=None, seed=0, masks=UNIFORM, **settings):
     samples = range(len(data[0])) if samples is None else samples
     return mask_batch(
         ObjectiveSettings(**settings),
         *data,
+        masks=masks,
         mask_id=MASK,
         seed=seed,
         step=step,
@@ -69,7 +73,7 @@ def four_standard_errors(values):
 def test_only_maskable_tokens_are_masked_and_nothing_else_changes(masking):
     data = rows(200)
     batch = drawn(data, masking=masking)
-    tokens_BL, ids_BL, maskable_BL = data
+    tokens_BL, ids_BL, maskable_BL, _ = data
     assert not (batch.masked_BL & ~maskable_BL).any()
     assert (batch.masked_BL.sum(0) > 0).equal(maskable_BL[0])  # and every one of them sometimes
     assert (batch.xt_BL[batch.masked_BL] == MASK).all()
@@ -82,13 +86,28 @@ def test_only_maskable_tokens_are_masked_and_nothing_else_changes(masking):
         assert (weight_BL[~batch.masked_BL] == 0).all()
 
 
-@pytest.mark.parametrize("settings", [{}, {"masking": "exact"}, {"kd_positions": 2}])
+ROTATING = {"kd_positions": 2, "ce_positions": "rest"}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"masking": "exact"},
+        {"kd_positions": 2},
+        {"masks": MaskSettings(where="weighted")},
+        {"masks": MaskSettings(where="spans")},
+        {"masks": MaskSettings(where="tilted", distilled="weighted"), **ROTATING},
+        {"masks": MaskSettings(where="tilted"), "masking": "exact"},
+    ],
+)
 def test_masks_depend_on_seed_step_and_sample_alone(settings):
     whole = drawn(rows(8), per_step=8, **settings)
     for samples in ([0, 1, 2, 3, 4, 5, 6, 7], [3], [1, 3, 5, 7], [6, 2]):
         part = drawn(rows(len(samples)), samples=samples, per_step=8, **settings)
         for name in ("xt_BL", "distilled_BL", "ce_weight_BL", "kd_weight_BL"):
             assert getattr(part, name).equal(getattr(whole, name)[samples]), name
+        assert part.keys == tuple((0, 0, sample) for sample in samples)
     again = {(seed, step): drawn(rows(8), per_step=8, seed=seed, step=step, **settings)
              for seed, step in itertools.product(range(2), range(2))}  # fmt: skip
     assert again[0, 0].xt_BL.equal(whole.xt_BL)
@@ -142,7 +161,8 @@ def samples_of_loss(x_L, maskable, table, count=20_000, **settings):
     """Σ w CE and the number of masks of `count` draws; w is the same at all masks of a row."""
     tokens_BL = torch.tensor([x_L] * count)
     maskable_BL = torch.tensor([[i in maskable for i in range(len(x_L))]] * count)
-    batch = drawn((tokens_BL, torch.zeros_like(tokens_BL), maskable_BL), kd_lambda=0.0, **settings)
+    zeros_BL = torch.zeros_like(tokens_BL)
+    batch = drawn((tokens_BL, zeros_BL, maskable_BL, zeros_BL), kd_lambda=0.0, **settings)
     bits_B = (batch.masked_BL[:, maskable] * 2 ** torch.arange(len(maskable))).sum(1)
     return batch.ce_weight_BL.amax(1).double() * table[bits_B], batch
 
@@ -191,17 +211,14 @@ def test_mean_masked_is_not_the_bound(form):
 # --- subsets -------------------------------------------------------------------------------------
 
 
-def test_subset_correction():
-    whole = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]]).bool()
-    part = torch.tensor([[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]).bool()
-    assert subset_correction(whole, part).tolist() == [[0, 3, 0, 0], [1, 0, 0, 0], [0] * 4]
-
-
+@pytest.mark.parametrize("distilled", ["uniform", "weighted"])
 @pytest.mark.parametrize("kd_positions", [1, 3])
-def test_a_chosen_subset_counts_for_the_whole(kd_positions):
+def test_a_chosen_subset_counts_for_the_whole(kd_positions, distilled):
     """Mean weight over the choice of the subset = weight of the position, at every position."""
     count = 20_000
-    batch = drawn(rows(count), masking="exact", kd_positions=kd_positions, ce_positions="rest")
+    masks = MaskSettings(distilled=distilled)
+    settings = {"kd_positions": kd_positions, "ce_positions": "rest", "masks": masks}
+    batch = drawn(rows(count), masking="exact", **settings)
     masked_B = batch.masked_BL.sum(1)
     assert batch.distilled_BL.sum(1).equal(masked_B.clamp(max=kd_positions))
     weight_B = 8 / masked_B
@@ -209,8 +226,9 @@ def test_a_chosen_subset_counts_for_the_whole(kd_positions):
         at_B = batch.masked_BL[:, i]
         ratio = (batch.kd_weight_BL[:, i] / weight_B)[at_B]
         assert abs(float(ratio.mean()) - 1) < four_standard_errors(ratio)
-        # Rows whose masks are all distilled leave nothing for the cross-entropy.
-        at_B = at_B & (masked_B > kd_positions)
+        # Rows whose masks are all distilled leave nothing for the cross-entropy; with weights, heavy
+        # tokens are surely distilled in a few more.
+        at_B = at_B & (masked_B > kd_positions * (1 if distilled == "uniform" else 2))
         ratio = (batch.ce_weight_BL[:, i] / weight_B)[at_B]
         assert abs(float(ratio.mean()) - 1) < four_standard_errors(ratio)
     assert not ((batch.ce_weight_BL > 0) & batch.distilled_BL).any()
@@ -336,6 +354,16 @@ def test_the_settings_choose_the_divergence(student, teacher):
 
 
 # --- settings ------------------------------------------------------------------------------------
+
+
+def test_what_the_loss_means_is_said():
+    meanings = {where: loss_meaning(ObjectiveSettings(), MaskSettings(where=where))
+                for where in ("uniform", "tilted", "weighted", "spans")}  # fmt: skip
+    assert meanings["uniform"] == meanings["tilted"] == "the likelihood bound per token"
+    assert meanings["weighted"].startswith("no likelihood bound")
+    assert "fills a span at once" in meanings["spans"]
+    mean = ObjectiveSettings(weight="mean_masked")
+    assert all("no likelihood bound" in loss_meaning(mean, MaskSettings(where=w)) for w in meanings)
 
 
 def test_kd_weight_ramps():

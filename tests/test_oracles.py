@@ -680,3 +680,140 @@ def test_naive_kd_loss_weight_and_denominator_apply_to_both_terms():
         student, teacher, x0_BL, masked_BL, 0.5, 2.0, weight_BL=weight_BL, denominator=3
     )
     assert torch.allclose(loss, (2.0 * each[0] + 0.5 * each[1]) / 3)
+
+
+# --- 8. Monte-Carlo targets ---------------------------------------------------------------------
+
+
+def test_inverse_cdf_by_hand():
+    probs = [0.0, 2.0, 0.0, 1.0, 1.0]
+    for u, index in ((0.0, 1), (0.499, 1), (0.5, 3), (0.749, 3), (0.75, 4), (0.999, 4)):
+        assert oracles.inverse_cdf(probs, u) == index
+    with pytest.raises(AssertionError, match="below 1"):
+        oracles.inverse_cdf(probs, 1.0)
+
+
+def test_outcomes_are_all_sequences_of_choices_with_their_probabilities():
+    def run(choose):
+        first = choose([0.5, 0.0, 0.5], ("a",))
+        return (first, choose([1.0, 3.0], ("b",))) if first else (first,)
+
+    found = {result: probability for probability, result in oracles.outcomes(run)}
+    assert found == {(0,): 0.5, (2, 0): 0.125, (2, 1): 0.375}
+
+
+def test_choices_by_uniform_numbers_know_their_names():
+    choose = oracles.chosen_by({("fill", 3, 0): 0.9, ("fill", 3, 1): 0.1}.__getitem__)
+    assert [choose([1, 1], ("fill", 3, k)) for k in (0, 1)] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "position", "holes", "end"),
+    [
+        ({}, 1, [1, 2, 5], 7),
+        ({}, 8, [1, 2, 5, 7, 8], 9),  # nothing visible follows: it is its own end
+        ({"window": 1}, 1, [1], 2),  # the window is all masked
+        ({"window": 2}, 1, [1, 2], 4),
+        ({"block": 4}, 5, [5], 7),
+        ({"block": 3}, 5, [5], 6),
+        ({"fill": "span"}, 1, [1, 2], 7),
+        ({"fill": "span"}, 8, [7, 8], 9),
+        ({"fill": "span", "block": 8}, 8, [8], 9),
+    ],
+)
+def test_limits_by_hand(settings, position, holes, end):
+    masked = [1, 2, 5, 7, 8, 9]  # visible: 0, 3, 4, 6
+    assert oracles.limits(masked, position, 10, **settings) == (holes, end)
+
+
+def test_systematic_outcomes_are_the_rule_at_any_uniform_number():
+    weights = [0.1, 0.45, 0.05, 0.4]
+    possible = oracles.systematic_outcomes(weights)
+    assert math.fsum(prob for prob, _ in possible) == pytest.approx(1)
+    for step in range(200):
+        u = (step + 0.5) / 200
+        index = oracles.inverse_cdf([prob for prob, _ in possible], u)
+        by_hand = [oracles.inverse_cdf(weights, (k + u) / 4) for k in range(4)]
+        assert possible[index][1] == by_hand
+    # Every fill has on average as many children as its weight says, and never more than one off.
+    for k, weight in enumerate(weights):
+        children = [(prob, parents.count(k)) for prob, parents in possible]
+        assert math.fsum(prob * count for prob, count in children) == pytest.approx(4 * weight)
+        assert all(abs(count - 4 * weight) < 1 for _, count in children)
+
+
+def test_estimates_of_one_fill_are_forced_decoding(notes_toy):
+    """One fresh fill is distributed as left-to-right decoding, and its weight is the evidence."""
+    log_probs, _ = notes_toy
+    x_L, holes = [0, *NOTES_X], [1, 3, 4]  # a start token, which the table takes for a 0
+    runs = oracles.outcomes(
+        lambda choose: oracles.importance_estimate(
+            log_probs, x_L, holes, 1, 6, 1, choose, heads=False
+        )
+    )
+    by_text = {tuple(run.texts[0]): (p, run.weights[0]) for p, run in runs}
+    for fill in oracles.enumerate_fills(log_probs, x_L, holes, 4, start=1, end=6):
+        p, weight = by_text.pop(fill.tokens)
+        assert p == pytest.approx(math.exp(fill.log_proposal), rel=1e-9)
+        assert weight == pytest.approx(math.exp(fill.log_weight), rel=1e-9)
+    assert not by_text
+
+
+@pytest.mark.parametrize(
+    ("estimate", "options", "equal"),
+    [
+        (oracles.importance_estimate, {}, True),
+        (oracles.smc_estimate, {"threshold": 1.01}, True),
+        # Conditional fills hold the text's own token: only over texts do the two agree.
+        (oracles.csmc_estimate, {"threshold": 1.01}, False),
+    ],
+)
+def test_heads_and_tokens_have_the_same_expectation(estimate, options, equal):
+    arguments = (table_ar(3, seed=4), [0, 2, 1, 0, 2], [1, 3, 4], 4, 5, 2)
+
+    def mean(heads):
+        runs = oracles.outcomes(lambda choose: estimate(*arguments, choose, heads=heads, **options))
+        return sum(probability * run.target_V for probability, run in runs)
+
+    distance = total_variation(mean(heads=True), mean(heads=False))
+    assert distance < 1e-12 if equal else distance > 0.01
+
+
+def test_student_mixtures_by_hand():
+    slots = [(3, 0.5), (9, 0.3), (1, 0.1), (3, 0.1)]
+    assert oracles.mixture(slots, [0, 1, 3], 0.3) == pytest.approx(
+        {0: 0.1, 1: 0.1 + 0.1, 3: 0.1 + 0.6}
+    )
+    draws = [oracles.mixture_draw(slots, [0, 1, 3], 0.3, u) for u in (0.0, 0.15, 0.29, 0.31, 0.85)]
+    assert draws == [0, 1, 3, 3, 1]
+    assert oracles.mixture_draw(slots, [0, 1, 3], 0.3, 0.99) == 3  # the second slot of token 3
+
+
+# --- 9. suffix scoring with a tail, and with pruning ----------------------------------------------
+
+
+def test_suffix_estimate_without_tail_is_the_loop():
+    log_probs, x_L = table_ar(4, seed=3), [0, 3, 1, 2]
+    q_C, outside = oracles.tail_estimate(log_probs, x_L, 1, [2, 0], 4, 0, None)
+    assert torch.allclose(q_C, oracles.suffix_score_loop(log_probs, x_L, 1, [2, 0]).exp())
+    assert outside == 0
+
+
+def test_candidates_include_the_true_token():
+    log_probs, x_L = table_ar(4, seed=3), [0, 3, 1, 2]
+    order = log_probs([0]).argsort(descending=True).tolist()
+    for text_token in range(4):
+        found = oracles.suffix_candidates(log_probs, [0, text_token, 1, 2], 1, 2)
+        want = order[:2] if text_token in order[:2] else [order[0], text_token]
+        assert found == want
+    assert oracles.suffix_candidates(log_probs, x_L, 1, 4) == order
+
+
+def test_pruning_by_hand():
+    """Masses after 0, 2, 4 tokens of the right side; a budget of a quarter each for three rounds."""
+    log_probs, x_L = table_ar(3, seed=5, concentration=1.0), [0, 1, 2, 0, 1, 1, 2]
+    alive, dropped = oracles.pruned(log_probs, x_L, 1, [0, 1, 2], 7, prune=0.0)
+    assert (sorted(alive), dropped) == ([0, 1, 2], 0.0)
+    alive, dropped = oracles.pruned(log_probs, x_L, 1, [0, 1, 2], 7, prune=4.0)
+    assert alive == [1]  # the true token; all else went in the first round
+    assert dropped == pytest.approx(1 - float(log_probs([0])[1].exp()))

@@ -88,7 +88,7 @@ def test_little_room_is_wasted():
 
 def test_rows_have_small_exact_types():
     (row,) = pack(packer(), [[5] * 4])
-    assert [column.dtype for column in row] == [np.int32, np.int32, np.bool_]
+    assert [column.dtype for column in row] == [np.int32, np.int32, np.bool_, np.uint8]
     assert {len(column) for column in row} == {32}
 
 
@@ -152,6 +152,41 @@ def test_a_cut_response_has_no_eos(eos_padding):
     assert row.tokens_L.tolist() == [START, 8, 9] + [5] * 29
     (row,) = packer(eos_padding=eos_padding).add([5] * 28, prompt=[8, 9])
     assert row.tokens_L.tolist()[-2:] == [5, END]
+
+
+# --- classes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("lengths", LENGTHS[:2])
+def test_every_token_keeps_its_class(lengths, packing):
+    one, found = packer(packing=packing), {}
+    documents = list(numbered(lengths))
+    classes = {token: 1 + token % 5 for tokens in documents for token in tokens}
+    rows = [row for t in documents for row in one.add(t, classes=[classes[x] for x in t])]
+    for row in rows + one.finish():
+        found |= dict(zip(row.tokens_L.tolist(), row.classes_L.tolist(), strict=True))
+    assert found == {START: 0, END: 0, PAD: 0, **classes}
+
+
+def test_without_classes_everything_is_other():
+    for prompt in (None, [8, 9]):
+        one = packer()
+        (row,) = one.add([5] * 9, prompt) + one.finish()
+        assert not row.classes_L.any()
+
+
+@pytest.mark.parametrize("eos_padding", ["none", "block", "row"])
+@pytest.mark.parametrize("response", [1, 7, 28, 29, 40])
+def test_only_the_tokens_of_a_response_have_classes(eos_padding, response):
+    (row,) = packer(eos_padding=eos_padding).add([5] * response, [8, 9], [3] * response)
+    assert (row.classes_L == 3).tolist() == (row.tokens_L == 5).tolist()
+    assert row.classes_L.sum() == 3 * min(response, 29)
+
+
+def test_there_is_one_class_for_each_token():
+    with pytest.raises(AssertionError, match="one class"):
+        packer().add([5] * 9, classes=[1] * 8)
 
 
 def test_a_response_leaves_the_open_row_alone():

@@ -57,6 +57,10 @@ def test_a_file_is_named_after_itself_and_can_be_overridden(tmp_path):
         ("teacher.dtype=half", "bf16"),
         ("objective.masking=rat", "did you mean 'rate'"),
         ("target.kind=sufix", "did you mean 'suffix'"),
+        ("masks.where=weight", "did you mean 'weighted'"),
+        ("masks.identifer=2", r"did you mean 'masks\.identifier'"),
+        ("masks.keyword=0", r"masks\.keyword"),
+        ("data.language=pyton", "did you mean 'python'"),
         ("data.held_out_fraction=0", "held-out"),
         ("name=../up", "plain folder name"),
         ("name=.hidden", "plain folder name"),
@@ -73,6 +77,22 @@ def test_settings_are_checked_together():
     with pytest.raises(ConfigError, match=r"objective\.tail=renormalise"):
         read_recipe(DEFAULT_RECIPE, changes)
     assert read_recipe(DEFAULT_RECIPE, [*changes, "objective.tail=renormalise"])
+
+
+def test_masks_are_checked_against_the_other_sections():
+    weighted = ["masks.where=weighted", "data.language=auto"]
+    assert read_recipe(DEFAULT_RECIPE, weighted).masks.where == "weighted"
+    assert read_recipe(DEFAULT_RECIPE).masks.where == "uniform"
+    chosen = ["masks.distilled=weighted", "data.language=python", "objective.kd_positions=2"]
+    assert read_recipe(DEFAULT_RECIPE, chosen)
+    for changes, message in (
+        (weighted[:1], r"data\.language=auto"),
+        ([*weighted, "objective.masking=exact"], r"objective\.masking=rate"),
+        (chosen[:2], r"objective\.kd_positions to 1"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            read_recipe(DEFAULT_RECIPE, changes)
+    assert read_recipe(DEFAULT_RECIPE, [*chosen[:2], "objective.kd_lambda=0"])
 
 
 def test_unknown_recipes(tmp_path):

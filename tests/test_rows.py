@@ -13,7 +13,8 @@ LENGTH = 6
 
 def row(number):
     tokens = np.full(LENGTH, number, np.int32)
-    return Row(tokens, tokens % 7 - 1, tokens % 2 == np.arange(LENGTH) % 2)
+    maskable = tokens % 2 == np.arange(LENGTH) % 2
+    return Row(tokens, tokens % 7 - 1, maskable, (tokens % 6).astype(np.uint8))
 
 
 def written(folder, count):
@@ -31,7 +32,7 @@ def test_rows_come_back_as_written(tmp_path, count):
     wanted = list(range(count))[::-3]
     batch = rows.batch(wanted)
     for tensor, dtype, column in zip(
-        batch, (torch.long, torch.long, torch.bool), range(3), strict=True
+        batch, (torch.long, torch.long, torch.bool, torch.uint8), range(4), strict=True
     ):
         assert tensor.dtype == dtype
         assert tensor.shape == (len(wanted), LENGTH)
@@ -41,7 +42,8 @@ def test_rows_come_back_as_written(tmp_path, count):
 
 def test_arrays_are_mapped_small_and_without_pickle(tmp_path):
     folder = written(tmp_path / "rows", 3)
-    for name, dtype in (("tokens", "<i4"), ("document_ids", "<i4"), ("maskable", "|b1")):
+    arrays = {"tokens": "<i4", "document_ids": "<i4", "maskable": "|b1", "classes": "|u1"}
+    for name, dtype in arrays.items():
         array = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
         assert isinstance(array, np.memmap)
         assert array.dtype == np.dtype(dtype)
@@ -65,9 +67,11 @@ def test_a_cut_or_missing_array_is_refused(tmp_path):
     (folder / "maskable.npy").write_bytes(data[:-1])
     with pytest.raises(DataError, match=r"maskable\.npy"):
         Rows(folder)
-    (folder / "maskable.npy").unlink()
-    with pytest.raises(DataError, match=r"maskable\.npy"):
-        Rows(folder)
+    for name in ("maskable", "classes"):
+        written(folder, 5)
+        (folder / f"{name}.npy").unlink()
+        with pytest.raises(DataError, match=rf"{name}\.npy.*prepare the data again"):
+            Rows(folder)
 
 
 def test_an_unclosed_writer_leaves_no_rows(tmp_path):

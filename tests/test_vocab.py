@@ -1,8 +1,9 @@
 """Ids: user text never becomes a special token; mask tokens; two vocabularies compared."""
 
 import pytest
-from tiny import CHAT_TEMPLATE, END, PAD, START, byte_tokenizer
-from tokenizers import AddedToken
+from tiny import CHAT_TEMPLATE, END, PAD, START, byte_alphabet, byte_tokenizer
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from mdm.errors import VocabError
 from mdm.vocab import NEW_MASK_TOKEN, read_vocab, require_same_tokens
@@ -67,6 +68,34 @@ def test_a_batch_is_encoded_like_its_texts():
     texts = ["", "def f():\n\treturn 'é🐍'", " x "]
     assert vocab().encode_batch(texts) == [list(text.encode()) for text in texts]
     assert vocab().encode_batch([]) == []
+
+
+def test_tokens_know_the_characters_they_cover():
+    texts = ["", "a é\N{SNAKE}b\r\n", f"x{NEW_MASK_TOKEN}"]
+    found = vocab().encode_batch_with_spans(texts)
+    assert [ids for ids, _ in found] == vocab().encode_batch(texts)
+    # A token is a byte here: é is two of them, the snake four.
+    counts = [1, 1, 2, 4, 1, 1, 1]
+    expected = [(i, i + 1) for i, count in enumerate(counts) for _ in range(count)]
+    assert found[1][1] == expected
+    assert found[2][1] == [(i, i + 1) for i in range(len(texts[2]))]
+    assert found[0] == ([], [])
+    assert vocab().encode_batch_with_spans([]) == []
+
+
+def test_a_token_that_holds_half_a_character_covers_all_of_it():
+    # As real vocabularies have it: a space and the first two bytes of many emoji are one token.
+    chars = byte_alphabet()
+    space, first, second = (chars[byte] for byte in b" \xf0\x9f")
+    merges = [(first, second), (space, first + second)]
+    ids = {char: byte for byte, char in enumerate(chars)}
+    ids |= {first + second: 256, space + first + second: 257, END: 258}
+    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    found = read_vocab(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END))
+    ((tokens, spans),) = found.encode_batch_with_spans(["a \N{SNAKE}b\N{SNAKE}"])
+    assert (tokens[1], tokens[5]) == (257, 256)
+    assert spans == [(0, 1), (1, 3), (2, 3), (2, 3), (3, 4), (4, 5), (4, 5), (4, 5)]
 
 
 def test_special_tokens_are_decoded_only_if_asked():

@@ -85,7 +85,9 @@ def inspect(sources: tuple[str, ...], tokenizer: str, assignments: tuple[str, ..
 
     A source is a folder, a text file, a .jsonl, .jsonl.gz or .json file of rows, the word `stdlib`,
     or hub:owner/name[:split[:column]]. Nothing is kept; a large source takes its time, which
-    --set data.max_tokens=N shortens.
+    --set data.max_tokens=N shortens. Kinds of tokens are told apart by the names of files;
+    --set data.language=python names the language of rows without one, data.language=none leaves
+    that out.
     """
     import tempfile
 
@@ -95,7 +97,7 @@ def inspect(sources: tuple[str, ...], tokenizer: str, assignments: tuple[str, ..
 
     from .dataset import DataSettings, prepare
 
-    tree = override({"data": {"sources": list(sources)}}, assignments)
+    tree = override({"data": {"sources": list(sources), "language": "auto"}}, assignments)
     for section in set(tree) - {"data"}:
         raise ConfigError(unknown("section", section, ["data"]))
     settings = build(DataSettings, tree["data"], where="data.")
@@ -116,6 +118,9 @@ def _summary(manifest: Any, length: int) -> list[str]:
             f" {counts['tokens']} tokens ({counts['tokens'] / room:.1%} of the rows),"
             f" {counts['maskable_tokens']} maskable"
         )
+        learnt = max(1, counts["maskable_tokens"])
+        shares = sorted(counts["classes"].items(), key=lambda item: -item[1])
+        lines.append(f"{'':10}" + ", ".join(f"{name} {n / learnt:.1%}" for name, n in shares))
     lines.append(f"left out  {manifest['duplicates']} duplicates")
     for reason, count in manifest["skipped"].items():
         lines.append(f"          {count} {reason}, e.g. {manifest['skipped_examples'][reason][0]}")
@@ -124,7 +129,7 @@ def _summary(manifest: Any, length: int) -> list[str]:
 
 def _first_row(prepared: PreparedData, vocab: Vocab) -> list[str]:
     """Each segment of the row: what is only read, and what is learnt, as text."""
-    tokens_L, document_ids_L, maskable_L = (column[0] for column in prepared.train.batch([0]))
+    tokens_L, document_ids_L, maskable_L, _ = (column[0] for column in prepared.train.batch([0]))
     lines = []
     for number in range(int(document_ids_L.max()) + 1):
         segment = document_ids_L == number

@@ -21,9 +21,10 @@ from .corpus import Source, open_source
 from .packing import EOS_PADDINGS
 from .rows import Rows
 from .splits import SPLITS, Pass, Vocab
+from .weighting import NO_LANGUAGE, check_language
 
 MANIFEST = "manifest.json"
-_FORMAT = 1
+_FORMAT = 2  # 2: rows have the classes of tokens
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,9 @@ class DataSettings:
     sources            where documents come from (see train/corpus.py); read in turn
     extensions         endings of the files to read in a folder
     max_file_kib       larger files of source text are left out
+    language           classes of tokens, for masks that fall by them: none | auto (by the name of the
+                       file, or the `origin` of a row) | one that pygments knows, such as python.
+                       Reading takes about a second more per MB
     length             tokens in a row
     packing            several documents in a row; false: one, then padding
     min_tokens         shortest piece of a document; shorter documents are left out
@@ -47,6 +51,7 @@ class DataSettings:
     sources: tuple[str, ...] = ("stdlib",)
     extensions: tuple[str, ...] = (".py",)
     max_file_kib: int = 1024
+    language: str = NO_LANGUAGE
     length: int = 256
     packing: bool = True
     min_tokens: int = 8
@@ -72,6 +77,7 @@ class DataSettings:
             f" got {self.length}",
         )
         check_known("data.eos_padding", self.eos_padding, EOS_PADDINGS)
+        check_language(self.language)
         require(
             0 <= self.held_out_fraction < 1,
             f"data.held_out_fraction must be at least 0 and below 1; got {self.held_out_fraction}",
@@ -159,8 +165,14 @@ def open_prepared(directory: Path, *, reused: bool = True) -> PreparedData:
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         expected = [manifest["splits"][split]["rows"] for split in SPLITS]
+        found = manifest["made_from"]["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{directory} holds no finished data: {error}") from error
+    if found != _FORMAT:
+        raise DataError(
+            f"{directory} holds rows of format {found}, this version of mdm reads format {_FORMAT};"
+            " prepare them anew: start a new run"
+        )
     train, held_out = (Rows(directory / split) for split in SPLITS)
     if [len(train), len(held_out)] != expected:
         raise DataError(f"{directory} does not hold the rows its manifest counts")

@@ -33,6 +33,11 @@ class Document:
     prompt: str | tuple[Message, ...] | None = None
     group: str | None = None
 
+    @property
+    def file_name(self) -> str:
+        """The file that the text is from, as far as it is known: its ending tells the language."""
+        return self.group or self.origin
+
     def hash(self, seed: int) -> int:
         """A 64-bit hash of the content; blind to trailing white space and kinds of line ending."""
         prompt = self.prompt if isinstance(self.prompt, str | None) else json.dumps(self.prompt)

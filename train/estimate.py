@@ -7,13 +7,15 @@ from typing import Any
 import torch
 import yaml
 
-from mdm.checkpoint import load_config
+from mdm.checkpoint import load_config, load_vocab
 from mdm.config import to_tree
 from mdm.convert import student_config
 from mdm.denoiser import CHUNK_BYTES, max_length
 
 from .recipe import Recipe
 from .run import require_context
+from .teachers.ar import asked_through
+from .teachers.kinds import check_target
 
 GIB = 2**30
 
@@ -37,6 +39,11 @@ def describe(recipe: Recipe) -> str:
         teacher = count_parameters(teacher_config)
         memory["teacher"] = teacher * (2 if recipe.teacher.dtype == "bf16" else 4)
         lines.append(f"teacher     {teacher / 1e6:.1f}M parameters, {recipe.teacher.dtype}")
+        check_target(recipe.target, teacher_config.get_text_config().vocab_size)
+        if recipe.target.infill:
+            lines.append(f"            asked through {template_of(recipe)}")
+        if recipe.target.kind != "left":
+            memory["teacher's branches"] = branch_bytes(recipe, teacher_config.get_text_config())
     else:
         lines.append("teacher     none (objective.kd_lambda is 0)")
     require_context(recipe, max_length(config), "student")
@@ -48,6 +55,24 @@ def describe(recipe: Recipe) -> str:
     lines.append(f"memory      about {sum(memory.values()) / GIB:.1f} GiB a process:")
     lines += [f"              {name:<22}{size / GIB:7.2f} GiB" for name, size in memory.items()]
     return "\n".join(lines)
+
+
+def template_of(recipe: Recipe) -> str:
+    """Name of the template the teacher is asked through. Raises VocabError if it has no such marks."""
+    vocab, target = load_vocab(recipe.teacher.model), recipe.target
+    found = asked_through(vocab, target.infill, target.family)
+    return f"{found.family}, {found.order}"
+
+
+def branch_bytes(recipe: Recipe, config: Any) -> int:
+    """Estimated bytes of the branches of a soft target: keys and values, and what a layer needs."""
+    value = 2 if recipe.teacher.dtype == "bf16" else 4
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    # Kept once, read once by a layer, and once more while they grow.
+    memory = 3 * 2 * config.num_hidden_layers * heads * width
+    return int(recipe.target.branch_tokens * value * (memory + 8 * config.hidden_size + 4 * inner))
 
 
 def count_parameters(config: Any) -> int:

@@ -154,6 +154,6 @@ def check_tail(divergence: str, tail: str, *, truncated: bool) -> None:
     if divergence == "reverse_kl" and truncated and tail != "renormalise":
         raise ConfigError(
             "reverse_kl means nothing for targets without mass outside the kept tokens"
-            " (target.kind=suffix, or target.top_p below 1): by definition it is infinite;"
+            " (target.kind other than left, or target.top_p below 1): by definition it is infinite;"
             " set objective.tail=renormalise or objective.divergence=forward_kl"
         )

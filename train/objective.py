@@ -10,6 +10,8 @@ chosen subset: with k of a row's m masked positions distilled, each counts m / k
     bound        1/t, or L/l     maskable tokens     the negative likelihood bound per token
     mean_masked  1               masked tokens       plain mean; stresses high noise, no bound
 
+Where masks fall and which are distilled is decided in placement.py, which also says what that does to
+w_i and h_i. mean_masked takes the masks as they fall: its w_i is always 1.
 Shapes: B batch, L length, N masked positions, n a chunk of them, V vocabulary, K teacher tokens.
 """
 
@@ -24,14 +26,26 @@ import torch
 from torch import nn
 
 from mdm.config import require
+from mdm.denoiser import Denoiser
 from mdm.diffusion import apply_mask, mask_by_rate, mask_exactly, row_uniforms, spread_uniforms
-from mdm.errors import check_known
+from mdm.errors import ConfigError, check_known
 from mdm.schedule import SCHEDULES
 
 from .losses import DIVERGENCES, TAILS, check_tail, cross_entropy, distillation, linear_ramp
-from .targets import SoftTargets, TargetSettings
+from .placement import (
+    CHOICES,
+    MEANINGS,
+    PLACES,
+    Ground,
+    MaskSettings,
+    Noise,
+    Uniforms,
+    class_weights,
+    counted,
+)
+from .targets import Question, SoftTargets, TargetSettings
 from .teachers.ar import ARTeacher
-from .teachers.kinds import TARGETS
+from .teachers.kinds import SAMPLED, TARGETS, answer, asks_student
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +61,7 @@ class ObjectiveSettings:
     kd_lambda       weight of distillation in (1-λ)·CE + λ·T²·KL; 0 = no teacher is loaded
     kd_ramp_steps   steps over which λ grows linearly from 0; 0 = at once
     kd_temperature  of teacher and student in the distillation term
-    kd_positions    masked positions distilled per row, uniformly chosen; 0 = all
+    kd_positions    masked positions distilled per row, chosen by masks.distilled; 0 = all
     ce_positions    cross-entropy on "all" masked positions, or only on the "rest" not distilled (rows with
                     no more masks than kd_positions then have none)
     divergence      forward_kl, reverse_kl or jsd
@@ -103,7 +117,8 @@ class MaskedBatch:
     """A micro-batch after the forward process, on the CPU.
 
     `weight_BL` is w_i at masked positions; `distilled_BL` the positions the teacher is asked for;
-    `ce_weight_BL` and `kd_weight_BL` include the subset corrections.
+    `ce_weight_BL` and `kd_weight_BL` include the subset corrections. `keys` are (seed, step, sample) of
+    each row: whatever else is random about a row is a function of them.
     """
 
     x0_BL: torch.Tensor
@@ -114,6 +129,7 @@ class MaskedBatch:
     ce_weight_BL: torch.Tensor
     kd_weight_BL: torch.Tensor
     denominator: float
+    keys: tuple[tuple[int, ...], ...]
 
     @property
     def num_tokens(self) -> int:
@@ -124,32 +140,33 @@ class MaskedBatch:
         """The same batch on another device."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         moved: dict[str, Any] = {
-            name: value.to(device) for name, value in values.items() if name != "denominator"
+            name: value.to(device)
+            for name, value in values.items()
+            if isinstance(value, torch.Tensor)
         }
         return dataclasses.replace(self, **moved)
 
 
-def _by_rate(
-    settings: ObjectiveSettings,
-    level_B: torch.Tensor,
-    maskable_BL: torch.Tensor,
-    u_BL: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _by_rate(settings: ObjectiveSettings, level_B: torch.Tensor, total_B: torch.Tensor) -> Noise:
     t_B = settings.min_t + (1 - settings.min_t) * level_B
     schedule = SCHEDULES[settings.schedule]
-    return mask_by_rate(1 - schedule.alpha(t_B), maskable_BL, u_BL), schedule.loss_weight(t_B)
+    share_B = 1 - schedule.alpha(t_B)
+    least = 1 - float(schedule.alpha(torch.tensor(settings.min_t, dtype=torch.float64)))
+
+    def mask(maskable_BL: torch.Tensor, u_BL: torch.Tensor, taken: int) -> torch.Tensor:
+        return mask_by_rate(share_B, maskable_BL, u_BL)
+
+    return Noise(share_B, schedule.loss_weight(t_B), mask, least)
 
 
-def _exactly(
-    settings: ObjectiveSettings,
-    level_B: torch.Tensor,
-    maskable_BL: torch.Tensor,
-    u_BL: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    total_B = maskable_BL.sum(1)
+def _exactly(settings: ObjectiveSettings, level_B: torch.Tensor, total_B: torch.Tensor) -> Noise:
     count_B = (level_B * total_B).long() + 1  # uniform on 1..L: level < 1
     count_B = torch.minimum(count_B, total_B)
-    return mask_exactly(count_B, maskable_BL, u_BL), total_B / count_B.clamp(min=1)
+
+    def mask(maskable_BL: torch.Tensor, u_BL: torch.Tensor, taken: int) -> torch.Tensor:
+        return mask_exactly(count_B - taken, maskable_BL, u_BL)
+
+    return Noise(count_B / total_B.clamp(min=1), total_B / count_B.clamp(min=1), mask, None)
 
 
 MASKINGS = {"rate": _by_rate, "exact": _exactly}
@@ -161,7 +178,9 @@ def mask_batch(
     tokens_BL: torch.Tensor,
     document_ids_BL: torch.Tensor,
     maskable_BL: torch.Tensor,
+    classes_BL: torch.Tensor,
     *,
+    masks: MaskSettings,
     mask_id: int,
     seed: int,
     step: int,
@@ -169,37 +188,55 @@ def mask_batch(
     samples_per_step: int,
 ) -> MaskedBatch:
     """Masks and weights of the samples with these indices in the step; depends on nothing else."""
-    length = tokens_BL.shape[1]
+    uniforms = partial(
+        row_uniforms, seed=seed, step=step, samples=samples, length=tokens_BL.shape[1]
+    )
     level_B = spread_uniforms("noise level", seed, step, samples, samples_per_step)
-    uniforms_BL = row_uniforms("mask", seed, step, samples, length)
-    masked_BL, weight_B = MASKINGS[settings.masking](settings, level_B, maskable_BL, uniforms_BL)
+    noise = MASKINGS[settings.masking](settings, level_B, maskable_BL.sum(1))
+    c_BL = class_weights(masks, classes_BL) * maskable_BL
+    ground = Ground(maskable_BL, document_ids_BL, c_BL)
+    masked_BL, weight_BL = PLACES[masks.where](masks, noise, ground, uniforms)
     bound = settings.weight == "bound"
-    weight_BL = masked_BL * (weight_B[:, None] if bound else 1.0)
-    if settings.kd_lambda == 0:
-        distilled_BL = torch.zeros_like(masked_BL)
-    elif settings.kd_positions == 0:
-        distilled_BL = masked_BL
-    else:
-        choice_BL = row_uniforms("distilled", seed, step, samples, length)
-        count_B = torch.full_like(weight_B, settings.kd_positions, dtype=torch.long)
-        distilled_BL = mask_exactly(count_B, masked_BL, choice_BL)
-    scored_BL = masked_BL & ~distilled_BL if settings.ce_positions == "rest" else masked_BL
+    weight_BL = masked_BL * (weight_BL if bound else 1.0)
+    distilled_BL, inclusion_BL = _distilled(settings, masks, masked_BL, c_BL, uniforms)
+    ce_weight_BL = weight_BL
+    if settings.ce_positions == "rest":
+        # Choosing uniformly never makes a position of the rest count more than kd_positions + 1 times.
+        left_BL = (1 - inclusion_BL).clamp(min=1 / (settings.kd_positions + 1))
+        ce_weight_BL = weight_BL * counted(masked_BL & ~distilled_BL, left_BL)
     return MaskedBatch(
         x0_BL=tokens_BL,
         xt_BL=apply_mask(tokens_BL, masked_BL, mask_id),
         document_ids_BL=document_ids_BL,
         masked_BL=masked_BL,
         distilled_BL=distilled_BL,
-        ce_weight_BL=weight_BL * subset_correction(masked_BL, scored_BL),
-        kd_weight_BL=weight_BL * subset_correction(masked_BL, distilled_BL),
+        ce_weight_BL=ce_weight_BL,
+        kd_weight_BL=weight_BL * counted(distilled_BL, inclusion_BL),
         denominator=float((maskable_BL if bound else masked_BL).sum()),
+        keys=tuple((seed, step, sample) for sample in samples),
     )
 
 
-def subset_correction(whole_BL: torch.Tensor, part_BL: torch.Tensor) -> torch.Tensor:
-    """(B, L) m/k on the k positions of `part`, 0 elsewhere: keeps the expected sum over the whole."""
-    factor_B = whole_BL.sum(1) / part_BL.sum(1).clamp(min=1)
-    return part_BL * factor_B[:, None]
+def _distilled(
+    settings: ObjectiveSettings,
+    masks: MaskSettings,
+    masked_BL: torch.Tensor,
+    c_BL: torch.Tensor,
+    uniforms: Uniforms,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The positions the teacher is asked for, and the probability of each masked one to be chosen."""
+    if settings.kd_lambda == 0:
+        return torch.zeros_like(masked_BL), torch.zeros(masked_BL.shape)
+    if settings.kd_positions == 0:
+        return masked_BL, masked_BL.float()
+    return CHOICES[masks.distilled](masked_BL, c_BL, settings.kd_positions, uniforms)
+
+
+def loss_meaning(settings: ObjectiveSettings, masks: MaskSettings) -> str:
+    """What the loss estimates, in words for the log and the record."""
+    if settings.weight == "mean_masked":
+        return "a mean over masked tokens, no likelihood bound"
+    return MEANINGS[masks.where]
 
 
 def kd_lambda_at(settings: ObjectiveSettings, step: int) -> float:
@@ -212,17 +249,56 @@ def soft_targets(
     batch: MaskedBatch,
     settings: TargetSettings,
     temperature: float,
+    student: Denoiser | None = None,
 ) -> SoftTargets:
-    """The teacher's answer for the distilled positions of a batch, in the precision of its weights."""
+    """The teacher's answer for the distilled positions of a batch, in the precision of its weights.
+
+    `student` is asked for its own distributions if the target needs them.
+    """
+    proposals = None
+    if asks_student(settings):
+        assert student is not None, "this target needs the student"
+        proposals = own_distributions(student, batch, max(PROPOSED, settings.student_candidates))
+    question = Question(
+        batch.x0_BL,
+        batch.masked_BL,
+        batch.distilled_BL,
+        batch.document_ids_BL,
+        batch.keys,
+        proposals,
+    )
     with torch.autocast(batch.x0_BL.device.type, enabled=False):
-        return TARGETS[settings.kind](
-            teacher,
-            batch.x0_BL,
-            batch.distilled_BL,
-            batch.document_ids_BL,
-            settings=settings,
-            temperature=temperature,
+        return answer(teacher, question, settings=settings, temperature=temperature)
+
+
+PROPOSED = 64  # tokens of the student's distribution that are kept
+
+
+@torch.no_grad()
+def own_distributions(student: Denoiser, batch: MaskedBatch, top_k: int) -> SoftTargets:
+    """The student's distributions at all masked positions, from xt alone and without gradient."""
+
+    def likeliest(logits_nV: torch.Tensor) -> torch.Tensor:
+        log_probs_nK, ids_nK = logits_nV.log_softmax(-1).topk(min(top_k, logits_nV.shape[-1]))
+        return torch.cat([log_probs_nK.double(), ids_nK.double()], dim=-1)  # both exact
+
+    was_training, device = student.training, batch.x0_BL.device.type
+    student.eval()
+    # Without the cache: weights cast in here have no gradient, and the training forward that follows in
+    # the same autocast region would use them (seen in torch before 2.10).
+    with torch.autocast(
+        device,
+        dtype=torch.get_autocast_dtype(device),
+        enabled=torch.is_autocast_enabled(device),
+        cache_enabled=False,
+    ):
+        found_N2K = student(
+            batch.xt_BL, batch.masked_BL, document_ids_BL=batch.document_ids_BL, score=likeliest
         )
+    student.train(was_training)
+    log_probs_NK, ids_NK = found_N2K.chunk(2, dim=-1)
+    tail_N = (1 - log_probs_NK.exp().sum(-1)).clamp(min=0)
+    return SoftTargets(ids_NK.long(), log_probs_NK.float(), tail_N.float(), 1.0, "visible tokens")
 
 
 def loss_sums(
@@ -280,8 +356,26 @@ def check_objective(objective: ObjectiveSettings, target: TargetSettings) -> Non
     """Settings that are each right but do not fit together: raise ConfigError."""
     check_known("target.kind", target.kind, TARGETS)
     if objective.kd_lambda > 0:
-        truncated = target.kind == "suffix" or target.top_p < 1
+        truncated = target.kind != "left" or target.top_p < 1
+        if target.kind in SAMPLED:
+            _check_sampled(objective, target.kind)
         check_tail(objective.divergence, objective.tail, truncated=truncated)
+
+
+def _check_sampled(objective: ObjectiveSettings, kind: str) -> None:
+    """A random target is right on average, so the loss has to be linear in it."""
+    if objective.kd_temperature != 1:
+        raise ConfigError(
+            f"objective.kd_temperature={objective.kd_temperature} with target.kind={kind}: the mean of"
+            " tempered draws is not the tempered mean, so the student would learn something else; set"
+            " objective.kd_temperature=1, or target.kind to left or suffix"
+        )
+    if objective.divergence != "forward_kl" or objective.tail == "renormalise":
+        raise ConfigError(
+            f"objective.divergence={objective.divergence} and tail={objective.tail} with"
+            f" target.kind={kind}: its draws are right on average only in a loss that is linear in them;"
+            " set objective.divergence=forward_kl and objective.tail=bucket"
+        )
 
 
 def _rows_at(at_N: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

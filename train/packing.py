@@ -15,21 +15,26 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from .weighting import OTHER
+
 EOS_PADDINGS = ("none", "block", "row")
 PADDING_DOCUMENT = -1
 
 
 class Row(NamedTuple):
-    """One training sample: token ids, segment number (-1 = padding), and what may be masked."""
+    """One training sample: token ids, segment number (-1 = padding), what may be masked, and the class
+    of each token (see train/weighting.py)."""
 
     tokens_L: npt.NDArray[np.int32]
     document_ids_L: npt.NDArray[np.int32]
     maskable_L: npt.NDArray[np.bool_]
+    classes_L: npt.NDArray[np.uint8]
 
 
 class _Segment(NamedTuple):
     context: list[int]  # start token and prompt: read, never masked
     targets: list[int]
+    classes: list[int]  # of the targets; those that are only read have none
 
     def __len__(self) -> int:
         return len(self.context) + len(self.targets)
@@ -65,22 +70,34 @@ class Packer:
         room = self.length - len(self._opened(prompt))
         return "prompt too long" if room < min(self.min_tokens, len(tokens) + 1) else None
 
-    def add(self, tokens: Sequence[int], prompt: Sequence[int] | None = None) -> list[Row]:
+    def add(
+        self,
+        tokens: Sequence[int],
+        prompt: Sequence[int] | None = None,
+        classes: Sequence[int] | None = None,
+    ) -> list[Row]:
         """The rows that these tokens complete. They must not be refused.
 
+        `classes` are those of `tokens`, None = all "other", as are start, prompt, eos and padding.
         Plain text (no prompt) gets start and eos; its last row stays open for the next document.
         A response is cut at the end of its row, then without eos; its row is complete at once.
         """
         assert self.refusal(tokens, prompt) is None, "the caller drops what is refused"
+        classes = [OTHER] * len(tokens) if classes is None else classes
+        assert len(classes) == len(tokens), "one class for each token"
         if prompt is not None:
             context = self._opened(prompt)
-            return [self._row([_Segment(context, self._response(tokens, len(context)))])]
+            targets = self._response(tokens, len(context))
+            eos = max(0, len(targets) - len(tokens))
+            classes = [*classes[: len(targets)], *[OTHER] * eos]
+            return [self._row([_Segment(context, targets, classes)])]
         rows = []
-        targets, done = [*tokens, self.eos_id], 0
+        targets, classes, done = [*tokens, self.eos_id], [*classes, OTHER], 0
         while done < len(targets):
             size = self._piece(len(targets) - done)
             if size:
-                self._open.append(_Segment([self.start_id], targets[done : done + size]))
+                piece = slice(done, done + size)
+                self._open.append(_Segment([self.start_id], targets[piece], classes[piece]))
                 done += size
             if not size or not self.packing:
                 rows += self.finish()
@@ -121,12 +138,14 @@ class Packer:
             np.full(self.length, self.pad_id, np.int32),
             np.full(self.length, PADDING_DOCUMENT, np.int32),
             np.zeros(self.length, np.bool_),
+            np.full(self.length, OTHER, np.uint8),
         )
         start = 0
-        for number, (context, targets) in enumerate(segments):
+        for number, (context, targets, classes) in enumerate(segments):
             middle, end = start + len(context), start + len(context) + len(targets)
             row.tokens_L[start:end] = context + targets
             row.document_ids_L[start:end] = number
             row.maskable_L[middle:end] = True
+            row.classes_L[middle:end] = classes
             start = end
         return row

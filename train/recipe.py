@@ -17,6 +17,7 @@ from mdm.errors import ConfigError, check_known, unknown
 from .dataset import DataSettings
 from .objective import ObjectiveSettings, check_objective
 from .optimizer import LR_SCHEDULES
+from .placement import MaskSettings, check_masks
 from .targets import TargetSettings
 
 DEFAULT_RECIPE = "demo"
@@ -125,6 +126,7 @@ class Recipe:
     data: DataSettings = DataSettings()
     target: TargetSettings = TargetSettings()
     objective: ObjectiveSettings = ObjectiveSettings()
+    masks: MaskSettings = MaskSettings()
     train: TrainSettings = TrainSettings()
 
     def __post_init__(self) -> None:
@@ -137,6 +139,14 @@ class Recipe:
             "data.held_out_fraction must be above 0: training reports the bound on held-out rows",
         )
         check_objective(self.objective, self.target)
+        check_masks(
+            self.masks,
+            masking=self.objective.masking,
+            language=self.data.language,
+            kd_lambda=self.objective.kd_lambda,
+            kd_positions=self.objective.kd_positions,
+            ce_positions=self.objective.ce_positions,
+        )
 
 
 def shipped_recipes() -> list[str]:

@@ -1,6 +1,7 @@
 """Rows on disk: memory-mapped arrays, the batches read from them, and the order of reading.
 
-A folder holds tokens.npy, document_ids.npy and maskable.npy, each (N, L). Nothing is pickled.
+A folder holds tokens.npy, document_ids.npy, maskable.npy and classes.npy, each (N, L). Nothing is
+pickled.
 Shapes: N rows, B batch, L length.
 """
 
@@ -20,16 +21,18 @@ from mdm.errors import DataError
 from .packing import Row
 
 # Row fields in order. Little-endian, whatever the machine, so that a folder can be moved.
-_ARRAYS = {"tokens": "<i4", "document_ids": "<i4", "maskable": "|b1"}
+_ARRAYS = {"tokens": "<i4", "document_ids": "<i4", "maskable": "|b1", "classes": "|u1"}
 _BLOCK = 512
 
 
 class RowBatch(NamedTuple):
-    """Rows for one step: ids (long), segment numbers (long, -1 = padding), maskable (bool)."""
+    """Rows for one step: ids (long), segment numbers (long, -1 = padding), maskable (bool), classes
+    of tokens (uint8, places in weighting.CLASSES)."""
 
     tokens_BL: torch.Tensor
     document_ids_BL: torch.Tensor
     maskable_BL: torch.Tensor
+    classes_BL: torch.Tensor
 
 
 class RowWriter:
@@ -97,12 +100,10 @@ class Rows:
     def batch(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> RowBatch:
         """The rows at `indices`, in that order, as new tensors."""
         index_B = np.asarray(indices, dtype=np.int64)
-        tokens, document_ids, maskable = (np.asarray(array[index_B]) for array in self._arrays)
-        return RowBatch(
-            torch.from_numpy(tokens).long(),
-            torch.from_numpy(document_ids).long(),
-            torch.from_numpy(maskable),
+        tokens, document_ids, maskable, classes = (
+            torch.from_numpy(np.asarray(array[index_B])) for array in self._arrays
         )
+        return RowBatch(tokens.long(), document_ids.long(), maskable, classes)
 
 
 def sample_indices(num_rows: int, seed: int, start: int, count: int) -> npt.NDArray[np.int64]:

@@ -25,17 +25,19 @@ from mdm.checkpoint import is_denoiser, load_denoiser, save_denoiser, weights_ha
 from mdm.config import build, read_yaml, to_tree
 from mdm.convert import StudentSettings, convert
 from mdm.denoiser import Denoiser
-from mdm.errors import CheckpointError, ConfigError
+from mdm.errors import CheckpointError, ConfigError, DataError
 from mdm.record import append_record, commit, make_record, peak_rss_bytes
 
 from . import processes
 from .dataset import PreparedData, open_prepared, prepare
 from .held_out import HeldOut, held_out_bound
+from .objective import loss_meaning
 from .optimizer import WeightAverage, adamw
 from .progress import plot_loss
 from .recipe import Recipe
 from .state import save_state, saved_steps
 from .teachers.ar import ARTeacher, load_teacher
+from .teachers.kinds import check_target
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 WRITTEN = (
@@ -127,10 +129,20 @@ def start(recipe: Recipe, folder: Path) -> Run:
     teacher = None
     if recipe.objective.kd_lambda > 0:
         dtype = DTYPES[recipe.teacher.dtype]
-        teacher = load_teacher(recipe.teacher.model, denoiser.vocab, dtype=dtype)
+        target = recipe.target
+        teacher = load_teacher(
+            recipe.teacher.model,
+            denoiser.vocab,
+            dtype=dtype,
+            infill=target.infill,
+            family=target.family,
+        )
+        check_target(target, teacher.num_tokens)
+        require_room(recipe, teacher)
         require_context(recipe, teacher.max_length, "teacher")
         teacher.model.to(device)
     data = prepare_data(recipe, denoiser, folder)
+    require_classes(recipe, data)
     denoiser.to(device)
     if settings.gradient_checkpointing:
         denoiser.model.activation_checkpointing_enable()
@@ -165,6 +177,32 @@ def require_context(recipe: Recipe, max_length: int, who: str) -> None:
         raise ConfigError(
             f"data.length is {recipe.data.length}, but the {who} was built for at most"
             f" {max_length} tokens; lower data.length"
+        )
+
+
+def require_room(recipe: Recipe, teacher: ARTeacher) -> None:
+    """Raise ConfigError if a row in the teacher's fill-in-the-middle template might not fit."""
+    if teacher.template is None:
+        return
+    needed = recipe.data.length + teacher.template.num_marks + 1
+    if needed > teacher.max_length:
+        raise ConfigError(
+            f"target.infill={recipe.target.infill} adds {needed - recipe.data.length} tokens to rows of"
+            f" {recipe.data.length}, but the teacher was built for at most {teacher.max_length}; lower"
+            " data.length"
+        )
+
+
+def require_classes(recipe: Recipe, data: PreparedData) -> None:
+    """Raise DataError if masks are weighted by classes that the data does not have."""
+    if not recipe.masks.looks_at_classes:
+        return
+    counts = data.manifest["splits"]["train"]["classes"]
+    if sum(count > 0 for count in counts.values()) < 2:
+        raise DataError(
+            f"masks.where={recipe.masks.where}, masks.distilled={recipe.masks.distilled} go by the class"
+            f" of a token, but all tokens are {next(iter(counts))!r}: the rows name no files"
+            f" (data.language={recipe.data.language}); set data.language to the name of their language"
         )
 
 
@@ -253,7 +291,7 @@ def finish(run: Run, outcome: Outcome) -> list[str]:
             save_denoiser(run.denoiser, run.folder / "final")
         record = make_record(
             "train",
-            results_of(outcome),
+            {"loss": loss_meaning(run.recipe.objective, run.recipe.masks), **results_of(outcome)},
             settings=settings,
             seed=run.recipe.train.seed,
             checkpoint=weights_hash(run.folder / "final"),

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
 
 from mdm.errors import VocabError
 
@@ -17,6 +19,7 @@ from .corpus import Source, read_in_turn
 from .documents import Document, Message, Skips
 from .packing import PADDING_DOCUMENT, Packer, Row
 from .rows import RowWriter
+from .weighting import CLASSES, NO_LANGUAGE, OTHER, find_lexer, token_classes
 
 if TYPE_CHECKING:
     from .dataset import DataSettings
@@ -40,7 +43,18 @@ class Vocab(Protocol):
     @property
     def fingerprint(self) -> str: ...
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+    def encode_batch_with_spans(
+        self, texts: Sequence[str]
+    ) -> list[tuple[list[int], list[tuple[int, int]]]]: ...
     def encode_chat(self, messages: Sequence[Message]) -> list[int]: ...
+
+
+class _Encoded(NamedTuple):
+    """A document as token ids: those to learn with their classes, and those of a prompt, if any."""
+
+    tokens: list[int]
+    classes: list[int]
+    prompt: list[int] | None
 
 
 class _Split:
@@ -51,6 +65,7 @@ class _Split:
     ) -> None:
         self.packer = packer
         self.documents = self.tokens = self.maskable_tokens = 0
+        self._class_counts = np.zeros(len(CLASSES), np.int64)
         self._writer, self._max_rows, self._max_tokens = writer, max_rows, max_tokens
         # Few rows should not all come from one long document.
         self._max_per_document = None if max_rows is None else max(1, max_rows // _MIN_DOCUMENTS)
@@ -60,20 +75,22 @@ class _Split:
         rows_full = self._max_rows is not None and self._writer.num_rows >= self._max_rows
         return rows_full or (self._max_tokens is not None and self.tokens >= self._max_tokens)
 
-    def add(self, tokens: Sequence[int], prompt: Sequence[int] | None) -> None:
+    def add(self, document: _Encoded) -> None:
         if not self.full:
             self.documents += 1
-            self._append(self.packer.add(tokens, prompt)[: self._max_per_document])
+            rows = self.packer.add(document.tokens, document.prompt, document.classes)
+            self._append(rows[: self._max_per_document])
 
     def finish(self) -> None:
         self._append(self.packer.finish())
 
-    def counts(self) -> dict[str, int]:
+    def counts(self) -> dict[str, Any]:
         return {
             "documents": self.documents,
             "rows": self._writer.num_rows,
             "tokens": self.tokens,
             "maskable_tokens": self.maskable_tokens,
+            "classes": dict(zip(CLASSES, self._class_counts.tolist(), strict=True)),
         }
 
     def _append(self, rows: Iterable[Row]) -> None:
@@ -83,6 +100,8 @@ class _Split:
             self._writer.append(row)
             self.tokens += int((row.document_ids_L != PADDING_DOCUMENT).sum())
             self.maskable_tokens += int(row.maskable_L.sum())
+            learnt = row.classes_L[row.maskable_L]
+            self._class_counts += np.bincount(learnt, minlength=len(CLASSES))
 
 
 class Pass:
@@ -157,14 +176,15 @@ class Pass:
                 yield document_hash, document
 
     def _add(self, batch: Sequence[tuple[int, Document]]) -> None:
-        encoded = _encode([document for _, document in batch], self._vocab)
-        for (document_hash, document), (tokens, prompt) in zip(batch, encoded, strict=True):
+        documents = [document for _, document in batch]
+        encoded = _encode(documents, self._vocab, self._settings.language)
+        for (document_hash, document), parts in zip(batch, encoded, strict=True):
             split = self._split_of(document_hash)
-            reason = split.packer.refusal(tokens, prompt)
+            reason = split.packer.refusal(parts.tokens, parts.prompt)
             if reason is not None:
                 self.skips.add(reason, document.origin)
                 continue
-            if self._vocab.mask_id in (*tokens, *(prompt or ())):
+            if self._vocab.mask_id in (*parts.tokens, *(parts.prompt or ())):
                 raise VocabError(
                     f"{document.origin} holds the mask token (id {self._vocab.mask_id});"
                     " choose another mask token"
@@ -172,7 +192,7 @@ class Pass:
             self.used += 1
             self.smallest_hash = min(self.smallest_hash, document_hash)
             self.largest_hash = max(self.largest_hash, document_hash)
-            split.add(tokens, prompt)
+            split.add(parts)
 
 
 def _batches(
@@ -190,18 +210,32 @@ def _batches(
         yield batch
 
 
-def _encode(
-    documents: Sequence[Document], vocab: Vocab
-) -> list[tuple[list[int], list[int] | None]]:
-    """Token ids of each document's text and of its prompt (None without one)."""
-    texts = vocab.encode_batch([document.text for document in documents])
+def _encode(documents: Sequence[Document], vocab: Vocab, language: str) -> list[_Encoded]:
+    """Token ids of each document's text, with classes, and of its prompt (None without one)."""
+    texts = _with_classes(documents, vocab, language)
     prompts = iter(vocab.encode_batch([d.prompt for d in documents if isinstance(d.prompt, str)]))
     result = []
-    for document, tokens in zip(documents, texts, strict=True):
+    for document, (tokens, classes) in zip(documents, texts, strict=True):
         prompt = None
         if isinstance(document.prompt, str):
             prompt = next(prompts)
         elif document.prompt is not None:
             prompt = vocab.encode_chat(document.prompt)
-        result.append((tokens, prompt))
+        result.append(_Encoded(tokens, classes, prompt))
+    return result
+
+
+def _with_classes(
+    documents: Sequence[Document], vocab: Vocab, language: str
+) -> list[tuple[list[int], list[int]]]:
+    """Token ids of each text and their classes; an answer in a chat is prose, all "other"."""
+    texts = [document.text for document in documents]
+    if language == NO_LANGUAGE:
+        return [(tokens, [OTHER] * len(tokens)) for tokens in vocab.encode_batch(texts)]
+    result = []
+    encoded = vocab.encode_batch_with_spans(texts)
+    for document, (tokens, spans) in zip(documents, encoded, strict=True):
+        chat = isinstance(document.prompt, tuple)
+        lexer = None if chat else find_lexer(language, document.file_name)
+        result.append((tokens, token_classes(document.text, spans, lexer)))
     return result

@@ -21,13 +21,21 @@ from torch.nn.parallel import DistributedDataParallel
 from mdm.errors import ConfigError, TrainingError
 
 from . import processes
-from .objective import MaskedBatch, kd_lambda_at, loss_sums, mask_batch, soft_targets
+from .objective import (
+    MaskedBatch,
+    kd_lambda_at,
+    loss_meaning,
+    loss_sums,
+    mask_batch,
+    soft_targets,
+)
 from .optimizer import lr_factor
 from .progress import Progress, read_metrics
 from .recipe import Recipe
 from .rows import sample_indices
 from .run import Outcome, Run, evaluate, evaluate_before, finish, precision, save, start
 from .state import load_state, saved_steps
+from .targets import Measured
 
 
 def train(recipe: Recipe, folder: Path) -> Outcome:
@@ -51,6 +59,7 @@ def train(recipe: Recipe, folder: Path) -> Outcome:
         active=processes.rank() == 0,
         board=settings.tensorboard,
     )
+    progress.say(f"the loss is {loss_meaning(recipe.objective, recipe.masks)}")
     before = evaluate_before(run, step)
     if step == 0:
         progress.evaluation(0, before.summary())
@@ -98,11 +107,11 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     denominator = max(denominator, 1.0)
     share = kd_lambda_at(run.recipe.objective, step) if run.teacher else 0.0
     mix_2 = torch.tensor([1 - share, share], device=device)
-    sums_2 = torch.zeros(2, device=device)
+    sums_2, measured = torch.zeros(2, device=device), Measured()
     for index, batch in enumerate(batches):
         with synchronising(run.module, last=index == len(batches) - 1):
             with precision(run):
-                terms_2 = step_terms(run, batch.to(device), share)
+                terms_2 = step_terms(run, batch.to(device), share, measured)
             # DDP averages gradients over processes; the objective is a sum over them.
             loss = (mix_2 * terms_2).sum() * (processes.world_size() / denominator)
             loss.backward()
@@ -133,15 +142,18 @@ def train_step(run: Run, step: int) -> dict[str, float]:
         "gradient_norm": norm,
         "learning_rate": rate,
         "tokens": tokens,
+        **measured.means(device),
     }
 
 
-def step_terms(run: Run, batch: MaskedBatch, share: float) -> torch.Tensor:
-    """(2,) Σ w CE and Σ w T² KL of one micro-batch on the device."""
+def step_terms(run: Run, batch: MaskedBatch, share: float, measured: Measured) -> torch.Tensor:
+    """(2,) Σ w CE and Σ w T² KL of one micro-batch on the device; targets are noted in `measured`."""
     objective, targets = run.recipe.objective, None
     if run.teacher is not None and share > 0:
         temperature = objective.kd_temperature
-        targets = soft_targets(run.teacher, batch, run.recipe.target, temperature)
+        settings = run.recipe.target
+        targets = soft_targets(run.teacher, batch, settings, temperature, run.denoiser)
+        measured.add(targets)
     return loss_sums(run.module, batch, targets, objective)
 
 
@@ -164,6 +176,7 @@ def micro_batches(run: Run, step: int) -> list[MaskedBatch]:
             mask_batch(
                 run.recipe.objective,
                 *data,
+                masks=run.recipe.masks,
                 mask_id=run.denoiser.mask_id,
                 seed=settings.seed,
                 step=step,

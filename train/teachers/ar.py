@@ -19,7 +19,8 @@ from mdm.denoiser import (
     max_length,
     probe_attention,
 )
-from mdm.vocab import Vocab, require_same_tokens
+from mdm.fim import Template, few_shot, template
+from mdm.vocab import Vocab, read_vocab, require_same_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,12 +31,14 @@ class ARTeacher:
     """A causal language model whose first `num_tokens` ids mean the same to the student.
 
     `mask_id` is one of them if the student's mask is a reused token, which the student never predicts.
+    `template` is how it is asked to fill in the middle, if it is.
     """
 
     model: PreTrainedModel
     num_tokens: int
     plain_head: bool
     mask_id: int | None = None
+    template: Template | None = None
 
     @property
     def max_length(self) -> int:
@@ -80,13 +83,24 @@ class ARTeacher:
         return logits_NV
 
 
-def load_teacher(source: str, student: Vocab, *, dtype: torch.dtype) -> ARTeacher:
+def load_teacher(
+    source: str, student: Vocab, *, dtype: torch.dtype, infill: str = "", family: str = ""
+) -> ARTeacher:
     """A frozen teacher for a student with this vocabulary.
 
-    Raises VocabError if the tokenizers differ, CheckpointError if the model is missing or not causal.
+    `infill` is how it will be asked: "" (it reads the text), "psm" or "spm" (its fill-in-the-middle
+    marks; `family` names them if the tokenizer does not tell), or "few_shot" (examples).
+    Raises VocabError if the tokenizers differ or there are no such marks, CheckpointError if the model
+    is missing or not causal.
     """
     model, tokenizer = load_ar(source, dtype=dtype)
     probe_attention(model, causal=True)
     num_tokens = require_same_tokens(tokenizer, student.tokenizer)
     mask_id = student.mask_id if (student.mask_id or 0) < num_tokens else None
-    return ARTeacher(model.requires_grad_(False), num_tokens, has_plain_head(model), mask_id)
+    asked = asked_through(read_vocab(tokenizer), infill, family) if infill else None
+    return ARTeacher(model.requires_grad_(False), num_tokens, has_plain_head(model), mask_id, asked)
+
+
+def asked_through(vocab: Vocab, infill: str, family: str) -> Template:
+    """The template of target.infill and target.family. Raises VocabError if there are no such marks."""
+    return few_shot(vocab) if infill == "few_shot" else template(vocab, infill, family)

@@ -1,30 +1,24 @@
 """Left-only targets: q(v) = p(v | clean tokens to the left). One causal pass, whatever the masks.
 
 Unbiased for the posterior of a masked token only where no visible token lies to its right.
-Shapes: B batch, L length, N positions asked for.
+Shapes: N positions asked for, n a chunk of them, D width.
 """
 
 from __future__ import annotations
 
 import torch
 
-from ..targets import SoftTargets, TargetSettings, keep_top
+from ..targets import Question, SoftTargets, TargetSettings, keep_top
 from .ar import ARTeacher
 from .chunks import in_chunks
 
 
 @torch.no_grad()
 def left_only(
-    teacher: ARTeacher,
-    x0_BL: torch.Tensor,
-    wanted_BL: torch.Tensor,
-    document_ids_BL: torch.Tensor,
-    *,
-    settings: TargetSettings,
-    temperature: float,
+    teacher: ARTeacher, question: Question, *, settings: TargetSettings, temperature: float
 ) -> SoftTargets:
     """The teacher's next-token distribution at every wanted position."""
-    rows_ND = teacher.rows(x0_BL, wanted_BL, document_ids_BL)
+    rows_ND = teacher.rows(question.x0_BL, question.wanted_BL, question.document_ids_BL)
 
     def target(rows_nD: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return keep_top(
