@@ -14,7 +14,7 @@ import click
 @click.option(
     "--steps", type=click.IntRange(min=4), help="Of each run.  [default: 80; synthetic 200]"
 )
-@click.option("--layers", default=6, show_default=True, help="Layers of the student; 0 = all.")
+@click.option("--layers", default=0, show_default=True, help="Layers of the student; 0 = all.")
 @click.option("--length", default=128, show_default=True, help="Tokens in a row.")
 @click.option("--holes", default=64, show_default=True, help="Held-out holes to fill.")
 @click.option("--recipe", default="ce", show_default=True, help="What the arms change.")

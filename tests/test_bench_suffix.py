@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import math
+import statistics
 
 import oracles
 import pytest
@@ -173,11 +174,14 @@ def test_seconds_are_those_of_one_position(settings, monkeypatch):
     assert len(answers) == 2  # of the first repeat
 
 
-def test_ratios_are_medians_over_turns():
+def test_ratios_are_of_the_sums_over_turns():
     found = bench.ratio([4.0, 9.0, 40.0], [2.0, 3.0, 4.0])
-    assert found["ratio"] == 3.0
-    assert found["std_err"] == pytest.approx(math.sqrt((9 + 4 + 25) / 2) / math.sqrt(3))
+    assert found["ratio"] == pytest.approx(53 / 9)
+    apart = [(4 - 53 / 9 * 2) / 3, (9 - 53 / 9 * 3) / 3, (40 - 53 / 9 * 4) / 3]
+    assert found["std_err"] == pytest.approx(statistics.stdev(apart) / 3**0.5)
     assert found["n"] == 3
+    # An easy text is no proof of speed.
+    assert bench.ratio([10.0, 10.0], [0.1, 9.9])["ratio"] == pytest.approx(2)
     assert math.isnan(bench.ratio([4.0], [2.0])["std_err"])
 
 
@@ -208,7 +212,7 @@ def test_aims_are_met_or_missed(name, good, bad):
                     "exact": {"ratio": found["exact_ratio"]},
                     "fast": {"ratio": found["fast_ratio"]},
                 },
-                "agreement": {"log_prob_likely": found["agreement"]},
+                "agreement": {"tv": found["agreement"]},
                 "fast": {"tv_mean": found["fast_tv"]},
             }
         )

@@ -407,3 +407,17 @@ def test_settings_that_do_not_fit_together():
             check_objective(reverse, target)
     with pytest.raises(ConfigError, match=r"target\.kind.*did you mean 'suffix'"):
         check_objective(reverse, TargetSettings(kind="sufix"))
+
+
+@pytest.mark.parametrize("kind", ["importance", "i_sir", "student", "mc_literal"])
+def test_a_random_target_needs_a_loss_that_is_linear_in_it(kind):
+    check_objective(ObjectiveSettings(tail="partial"), TargetSettings(kind=kind))
+    for settings, message in (
+        ({"kd_temperature": 2.0}, r"kd_temperature=2\.0 with target\.kind="),
+        ({"divergence": "jsd"}, "divergence=jsd"),
+        ({"divergence": "reverse_kl", "tail": "renormalise"}, "divergence=forward_kl"),
+        ({"tail": "renormalise"}, "tail=bucket"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check_objective(ObjectiveSettings(**settings), TargetSettings(kind=kind))
+        check_objective(ObjectiveSettings(**settings, kd_lambda=0.0), TargetSettings(kind=kind))

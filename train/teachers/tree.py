@@ -157,18 +157,19 @@ class Tree:
 
 
 def _pack(branches: Sequence[Branch], tokens: Sequence[torch.Tensor]) -> list[list[int]]:
-    """Places of the branches, those of one trunk row together while they are shorter than their prefix.
+    """Places of the branches, those of one trunk row together while they are shorter than a prefix.
 
-    Reading the prefix is then shared, and what is masked away costs no more than the prefix.
+    Reading the prefix is then shared, and what is masked away costs no more than the prefix. All rows
+    have the room of the longest one, or they would differ in length and be filled up with padding.
     """
     rows: list[list[int]] = []
-    room = 0
+    room, most = 0, max(branch.start for branch in branches)
     for place in sorted(range(len(branches)), key=lambda p: branches[p].row):
         branch = branches[place]
         needed = branch.length + len(tokens[place])
         if not rows or branches[rows[-1][0]].row != branch.row or needed > room:
             rows.append([])
-            room = branch.start
+            room = most
         rows[-1].append(place)
         room -= needed
     return rows
