@@ -483,7 +483,7 @@ def test_a_stream_that_is_left_frees_its_place(gated):
         gated.gate.wait()
         gated.gate.let()
         assert "denoising" in next(line for line in lines if line.startswith("data: "))
-    job = engine._jobs[0]
+        job = engine._jobs[0]  # once the stream is left it may be gone at once
     eventually(lambda: job.cancelled, "the job is cancelled")
     gated.gate.open()
     eventually(lambda: not engine._jobs, "its place is free")
