@@ -108,8 +108,8 @@ def describe(record: dict[str, Any]) -> str:
     results, settings = record["results"], record["settings"]
     arms = list(dict.fromkeys(line["arm"] for line in results["runs"]))
     lines = [
-        f"{len(settings['seeds'])} seeds, {settings['steps']} steps, {settings['layers'] or 'all'} layers, rows of"
-        f" {settings['length']} tokens, {settings['holes']} holes; means over seeds",
+        f"{len(settings['seeds'])} seeds, {settings['steps']} steps, {settings['layers'] or 'all'} layers,"
+        f" rows of {settings['length']} tokens, {settings['holes']} holes; means over seeds",
         "",
         _row(["arm", "bound (nats)", "accuracy, few masks", "exact 1 / 2 / 3", "s", "teacher s"]),
         _row(["---", *["---:"] * 5]),
