@@ -34,7 +34,9 @@ from mdm.train.targets import Question, SoftTargets, TargetSettings
 from mdm.train.teachers.ar import ARTeacher, load_teacher
 from mdm.train.teachers.kinds import answer, check_target
 
-from .targets import CountingTeacher, clustered, library_rows
+from .counting import CountingTeacher
+from .target_texts import library_rows
+from .targets import clustered
 
 OURS = ("exact", "fast", "exact_alone", "fast_alone")
 SIDES = ("loop", *OURS)

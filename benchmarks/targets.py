@@ -26,9 +26,7 @@ import dataclasses
 import math
 import statistics
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,27 +35,23 @@ import torch
 from mdm.checkpoint import load_denoiser, load_vocab, weights_hash
 from mdm.config import require
 from mdm.denoiser import Denoiser
-from mdm.diffusion import apply_mask, generator, mask_exactly, row_uniforms
-from mdm.errors import DataError, check_known
-from mdm.eval.human_eval_data import human_eval_problems
+from mdm.diffusion import apply_mask, mask_exactly, row_uniforms
+from mdm.errors import check_known
 from mdm.record import append_record, make_record
-from mdm.train.corpus import STDLIB, open_source
-from mdm.train.documents import Skips
 from mdm.train.objective import MaskedBatch, own_distributions
 from mdm.train.run import DTYPES
 from mdm.train.targets import Question, SoftTargets, TargetSettings
 from mdm.train.teachers.ar import ARTeacher, load_teacher
 from mdm.train.teachers.kinds import answer, asks_student, check_target
-from mdm.vocab import Vocab
+
+from .counting import COUNTS, CountingTeacher
+from .target_references import REFERENCES, dense, left_only, with_draw
+from .target_texts import TEXTS
 
 TOP_K = 64  # tokens kept, as in training
 KL_MIX = 0.01
 MARGIN = 0.01
-MAX_FILE_KIB = 64
-PILOTS = 1  # rounds in which the proposal of the adaptive reference learns
-PROPOSED = 256  # tokens a position that it proposes, besides a uniform share
 DISTANCES = ("tv", "kl", "squared", "lean")
-COUNTS = ("tokens", "fed", "heads", "forwards")
 # Estimators with a number of fills, and how they differ from the settings of all.
 FILLED: dict[str, dict[str, Any]] = {
     "mc_literal": {"kind": "mc_literal"},
@@ -152,44 +146,6 @@ class Group:
         return len(self.question.x0_BL)
 
 
-@dataclasses.dataclass(frozen=True)
-class CountingTeacher(ARTeacher):
-    """A teacher that counts what it is given.
-
-    tokens    tokens it had to read (the clean rows included)
-    fed       the same with padding
-    heads     positions whose logits were computed
-    forwards  calls of the model
-    """
-
-    counts: Counter[str] = dataclasses.field(default_factory=Counter)
-
-    @classmethod
-    def of(cls, teacher: ARTeacher) -> CountingTeacher:
-        """The same teacher, with counts at 0."""
-        return cls(**{f.name: getattr(teacher, f.name) for f in dataclasses.fields(ARTeacher)})
-
-    def call(
-        self, x_BL: torch.Tensor, outputs_BL: torch.Tensor, cache: Any, **layout: torch.Tensor
-    ) -> torch.Tensor:
-        """As ARTeacher.call. On a filled cache (branches) every output but padding is asked for."""
-        branches = cache is not None and cache.get_seq_length() > 0
-        read = int(outputs_BL.sum()) if branches else x_BL.numel()
-        self.counts.update(forwards=1, fed=x_BL.numel(), tokens=read)
-        return super().call(x_BL, outputs_BL, cache, **layout)
-
-    def head(self, rows_ND: torch.Tensor) -> torch.Tensor:
-        """As ARTeacher.head."""
-        self.counts.update(heads=len(rows_ND))
-        return super().head(rows_ND)
-
-    def take(self) -> dict[str, int]:
-        """The counts since the last time; they start at 0 again."""
-        found = {name: self.counts[name] for name in COUNTS}
-        self.counts.clear()
-        return found
-
-
 def run(
     settings: TargetsBench, path: Path, tell: Callable[[str], None] = lambda text: None
 ) -> dict[str, Any]:
@@ -231,81 +187,7 @@ def run(
     return record
 
 
-# --- texts ------------------------------------------------------------------------------------------
-
-
-def library_rows(vocab: Vocab, count: int, length: int, seed: int) -> torch.Tensor:
-    """(B, L) the start token and L - 1 tokens from a random place, each row from another file.
-
-    Files of the standard library. Raises DataError if too few are long enough.
-    """
-    rows: list[list[int]] = []
-    for document in open_source(STDLIB, (".py",), MAX_FILE_KIB).documents(Skips()):
-        ids = vocab.encode(document.text)
-        places = len(ids) - (length - 1) + 1
-        if places > 0:
-            random = generator("bench rows", seed, len(rows))
-            first = int(torch.randint(places, (1,), generator=random))
-            rows.append([vocab.start_id, *ids[first : first + length - 1]])
-        if len(rows) == count:
-            return torch.tensor(rows)
-    raise DataError(
-        f"the standard library has {len(rows)} files of {length} tokens or more; {count} are needed"
-    )
-
-
-def stdlib(teacher: ARTeacher, vocab: Vocab, settings: TargetsBench) -> torch.Tensor:
-    """(B, L) rows of the standard library. A student trained on it has seen them."""
-    return library_rows(vocab, settings.rows, settings.context + settings.block, settings.seed)
-
-
-def humaneval(teacher: ARTeacher, vocab: Vocab, settings: TargetsBench) -> torch.Tensor:
-    """(B, L) ends of HumanEval's prompts, and the first tokens of their solutions."""
-    rows: list[list[int]] = []
-    for problem in human_eval_problems().values():
-        prompt = vocab.encode(problem["prompt"])
-        solution = vocab.encode(problem["canonical_solution"])
-        before = len(prompt) - (settings.context - 1)
-        if before >= 0 and len(solution) >= settings.block:
-            rows.append([vocab.start_id, *prompt[before:], *solution[: settings.block]])
-    require(
-        len(rows) >= settings.rows,
-        f"HumanEval has {len(rows)} problems that fill --context {settings.context} and --block"
-        f" {settings.block}; {settings.rows} rows are asked for",
-    )
-    return torch.tensor(rows[: settings.rows])
-
-
-@torch.no_grad()
-def sampled(teacher: ARTeacher, vocab: Vocab, settings: TargetsBench) -> torch.Tensor:
-    """(B, L) rows of the standard library whose block is a sample of the teacher (T = 1).
-
-    Only here are i_sir, csmc and hard targets unbiased.
-    """
-    x_BL = stdlib(teacher, vocab, settings).to(teacher.model.device)
-    documents_BL = torch.zeros_like(x_BL)
-    randoms = [generator("bench sample", settings.seed, row) for row in range(len(x_BL))]
-    for position in range(settings.context, x_BL.shape[1]):
-        wanted_BL = torch.zeros_like(x_BL, dtype=torch.bool)
-        wanted_BL[:, position] = True
-        rows_BD = teacher.rows(x_BL, wanted_BL, documents_BL)  # blind to what stands to the right
-        probs_BV = teacher.head(rows_BD).double().softmax(-1).cpu()
-        drawn = [
-            torch.multinomial(probs_V, 1, generator=random)
-            for probs_V, random in zip(probs_BV, randoms, strict=True)
-        ]
-        x_BL[:, position] = torch.cat(drawn).to(x_BL.device)
-    return x_BL
-
-
-TEXTS: dict[str, Callable[[ARTeacher, Vocab, TargetsBench], torch.Tensor]] = {
-    "stdlib": stdlib,
-    "humaneval": humaneval,
-    "teacher": sampled,
-}
-
-
-# --- questions and references -----------------------------------------------------------------------
+# --- questions --------------------------------------------------------------------------------------
 
 
 def groups(teacher: ARTeacher, x0_BL: torch.Tensor, settings: TargetsBench) -> Iterator[Group]:
@@ -356,86 +238,6 @@ def question_of(
         torch.zeros_like(x0_BL[index]),
         tuple((*key, row) for row in rows),
     )
-
-
-def with_draw(question: Question, draw: int) -> Question:
-    """The question with the random numbers of a draw. Estimators have 0, 1, …; references less."""
-    return dataclasses.replace(question, keys=tuple((*key, draw) for key in question.keys))
-
-
-def left_only(teacher: ARTeacher, question: Question) -> torch.Tensor:
-    """(N, V) the whole left-only distribution at the wanted positions."""
-    whole = TargetSettings(top_k=teacher.num_tokens)
-    left = answer(teacher, question, settings=whole, temperature=1.0)
-    empty_NV = torch.zeros(len(left), teacher.num_tokens, dtype=torch.float64)
-    return empty_NV.scatter_(1, left.token_ids_NK.cpu(), left.log_probs_NK.cpu().double().exp())
-
-
-def many_fills(
-    teacher: ARTeacher,
-    question: Question,
-    settings: TargetsBench,
-    left_NV: torch.Tensor,
-    *,
-    kind: str,
-) -> list[SoftTargets]:
-    """Both halves of a reference by one of the estimators. i_sir and csmc put the text into both."""
-    target = _reference_settings(teacher, settings, kind=kind)
-    return [
-        answer(teacher, with_draw(question, draw), settings=target, temperature=1.0)
-        for draw in (-1, -2)
-    ]
-
-
-def adaptive(
-    teacher: ARTeacher, question: Question, settings: TargetsBench, left_NV: torch.Tensor
-) -> list[SoftTargets]:
-    """Both halves by importance sampling with a proposal of independent tokens that has learnt.
-
-    It begins as left-only and suffix scoring with the other masks held at the text, one half each; after
-    every pilot the pilot's answer has the larger part of it (population Monte Carlo, Cappé et al. 2004).
-    Weights are those of kinds.student, w = p / r, without the text among the fills. The proposal may look
-    at the text, since weights correct for whatever it is: consistent, with a bias of order 1 / fills.
-    """
-    scored = TargetSettings(
-        kind="suffix", window=0, candidates=settings.candidates, top_k=settings.candidates
-    )
-    suffix_NV = dense(answer(teacher, question, settings=scored, temperature=1.0), left_NV)
-    target = _reference_settings(teacher, settings, kind="student", reference=False)
-
-    def ask_with(proposal_NV: torch.Tensor, draw: int) -> SoftTargets:
-        own = likeliest(proposal_NV, question.x0_BL.device)
-        asked = dataclasses.replace(with_draw(question, draw), proposals=own)
-        return answer(teacher, asked, settings=target, temperature=1.0)
-
-    proposal_NV = 0.5 * suffix_NV + 0.5 * left_NV
-    for pilot in range(PILOTS):
-        learnt_NV = dense(ask_with(proposal_NV, -3 - pilot), left_NV)
-        proposal_NV = 0.6 * learnt_NV + 0.2 * suffix_NV + 0.2 * left_NV
-    return [ask_with(proposal_NV, draw) for draw in (-1, -2)]
-
-
-def likeliest(proposal_NV: torch.Tensor, device: torch.device) -> SoftTargets:
-    """The proposal as a question carries it."""
-    probs_NK, ids_NK = proposal_NV.topk(min(PROPOSED, proposal_NV.shape[1]))
-    tail_N = (1 - probs_NK.sum(-1)).clamp(min=0).float()
-    return SoftTargets(
-        ids_NK.to(device), probs_NK.log().float().to(device), tail_N.to(device), 1.0, "proposal"
-    )
-
-
-def _reference_settings(
-    teacher: ARTeacher, settings: TargetsBench, **change: Any
-) -> TargetSettings:
-    return TargetSettings(
-        top_k=teacher.num_tokens, window=0, fills=settings.reference_fills // 2, **change
-    )
-
-
-REFERENCES: dict[str, Callable[..., list[SoftTargets]]] = {
-    "adaptive": adaptive,
-    **{kind: partial(many_fills, kind=kind) for kind in ("importance", "smc", "i_sir", "csmc")},
-}
 
 
 def reference_line(group: Group) -> dict[str, Any]:
@@ -607,15 +409,6 @@ def front(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 # --- distances --------------------------------------------------------------------------------------
-
-
-def dense(targets: SoftTargets, left_NV: torch.Tensor) -> torch.Tensor:
-    """(N, V) float64 on the CPU: the tail is shared among the tokens not kept, as left-only has them."""
-    kept_NV = torch.zeros_like(left_NV)
-    kept_NV.scatter_add_(1, targets.token_ids_NK.cpu(), targets.log_probs_NK.cpu().double().exp())
-    others_NV = left_NV.masked_fill(kept_NV > 0, 0.0)
-    share_NV = others_NV / others_NV.sum(-1, keepdim=True).clamp(min=torch.finfo().tiny)
-    return kept_NV + targets.tail_mass_N.cpu().double()[:, None] * share_NV
 
 
 def distances(estimate_NV: torch.Tensor, group: Group) -> dict[str, torch.Tensor]:

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 
 from mdm.benchmarks import suffix_cost as bench
 from mdm.benchmarks.command import bench as command
-from mdm.benchmarks.targets import CountingTeacher
+from mdm.benchmarks.counting import CountingTeacher
 from mdm.errors import ConfigError
 
 SETTINGS = bench.SuffixBench(

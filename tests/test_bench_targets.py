@@ -13,6 +13,7 @@ import tiny_run
 import torch
 from click.testing import CliRunner
 
+from mdm.benchmarks import target_texts
 from mdm.benchmarks import targets as bench
 from mdm.benchmarks import targets_report as report
 from mdm.benchmarks.command import bench as command
@@ -412,18 +413,18 @@ def vocab():
 
 
 def test_rows_of_the_standard_library_are_code_from_different_files(vocab):
-    found = bench.library_rows(vocab, 3, 200, 0)
+    found = target_texts.library_rows(vocab, 3, 200, 0)
     assert found.shape == (3, 200)
     assert (found[:, 0] == vocab.start_id).all()
     texts = [vocab.tokenizer.decode(row[1:]) for row in found]
     library = Path(sysconfig.get_path("stdlib"))
-    names = library_files(bench.MAX_FILE_KIB).names[:20]
+    names = library_files(target_texts.MAX_FILE_KIB).names[:20]
     files = [(library / name).read_bytes().decode("utf-8", "replace") for name in names]
     origins = [[name for name, file in zip(names, files, strict=True) if t in file] for t in texts]
     assert all(origins)
     assert len({origin[0] for origin in origins}) == 3
-    assert not torch.equal(found, bench.library_rows(vocab, 3, 200, 1))
-    assert torch.equal(found[:2], bench.library_rows(vocab, 2, 200, 0))
+    assert not torch.equal(found, target_texts.library_rows(vocab, 3, 200, 1))
+    assert torch.equal(found[:2], target_texts.library_rows(vocab, 2, 200, 0))
 
 
 def test_a_place_may_be_the_first_or_the_last_of_a_file(vocab, monkeypatch):
@@ -433,15 +434,19 @@ def test_a_place_may_be_the_first_or_the_last_of_a_file(vocab, monkeypatch):
                 [Document("abc", "short"), Document("abcd", "fits"), Document("bcde", "fits")]
             )
 
-    monkeypatch.setattr(bench, "open_source", lambda *_: Two())
-    found = bench.library_rows(vocab, 2, 5, 0)
+    monkeypatch.setattr(target_texts, "open_source", lambda *_: Two())
+    found = target_texts.library_rows(vocab, 2, 5, 0)
     assert [bytes(row[1:].tolist()) for row in found] == [b"abcd", b"bcde"]
-    firsts = {bytes(bench.library_rows(vocab, 1, 4, seed)[0, 1:].tolist()) for seed in range(20)}
+    firsts = {
+        bytes(target_texts.library_rows(vocab, 1, 4, seed)[0, 1:].tolist()) for seed in range(20)
+    }
     assert firsts == {b"abc"}
-    firsts = {bytes(bench.library_rows(vocab, 2, 4, seed)[1, 1:].tolist()) for seed in range(20)}
+    firsts = {
+        bytes(target_texts.library_rows(vocab, 2, 4, seed)[1, 1:].tolist()) for seed in range(20)
+    }
     assert firsts == {b"abc", b"bcd"}
     with pytest.raises(DataError, match=r"2 files of 5 tokens or more; 3"):
-        bench.library_rows(vocab, 3, 5, 0)
+        target_texts.library_rows(vocab, 3, 5, 0)
 
 
 def test_humaneval_rows_end_the_prompt_and_begin_the_solution(vocab, settings, monkeypatch):
@@ -451,17 +456,17 @@ def test_humaneval_rows_end_the_prompt_and_begin_the_solution(vocab, settings, m
         "brief": {"prompt": "0123456", "canonical_solution": "abcde"},
         "b": {"prompt": "9876", "canonical_solution": "ABCDEF"},
     }
-    monkeypatch.setattr(bench, "human_eval_problems", lambda: problems)
+    monkeypatch.setattr(target_texts, "human_eval_problems", lambda: problems)
     teacher = tiny_run.ar_teacher(tiny.toy_ar(5))
     two = dataclasses.replace(settings, rows=2)
-    found = bench.TEXTS["humaneval"](teacher, vocab, two)
+    found = target_texts.TEXTS["humaneval"](teacher, vocab, two)
     assert [bytes(row[1:].tolist()) for row in found] == [b"3456abcdef", b"9876ABCDEF"]
     assert (found[:, 0] == vocab.start_id).all()
     one = dataclasses.replace(two, context=1)
-    found = bench.TEXTS["humaneval"](teacher, vocab, one)
+    found = target_texts.TEXTS["humaneval"](teacher, vocab, one)
     assert bytes(found[0, 1:].tolist()) == b"abcdef"
     with pytest.raises(ConfigError, match="2 problems"):
-        bench.TEXTS["humaneval"](teacher, vocab, settings)
+        target_texts.TEXTS["humaneval"](teacher, vocab, settings)
 
 
 def test_sampled_blocks_follow_the_teacher(vocab, settings, monkeypatch):
@@ -470,8 +475,8 @@ def test_sampled_blocks_follow_the_teacher(vocab, settings, monkeypatch):
     teacher = tiny_run.ar_teacher(model)
     many = dataclasses.replace(settings, rows=4000, context=2, block=2, seed=3)
     context = torch.tensor([1, 2, 0, 0])
-    monkeypatch.setattr(bench, "stdlib", lambda *_: context.repeat(4000, 1))
-    found = bench.TEXTS["teacher"](teacher, vocab, many)
+    monkeypatch.setattr(target_texts, "stdlib", lambda *_: context.repeat(4000, 1))
+    found = target_texts.TEXTS["teacher"](teacher, vocab, many)
     assert (found[:, :2] == context[:2]).all()
     next_log_probs = tiny.next_log_probs(model)
     for tail in oracles.enumerate_sequences(3, 2).tolist():

@@ -77,11 +77,7 @@ def filled(
     todo = regions(question, settings)
     if not todo:
         return no_targets(question.x0_BL.device, temperature, conditioned_on)
-    asked_BL = question.wanted_BL.clone()
-    for region in todo:
-        asked_BL[region.row, region.holes[0]] = True
-    tree = Tree(teacher, question.x0_BL, question.document_ids_BL, asked_BL)
-    answers = Answers(teacher, tree, settings, temperature, int(question.wanted_BL.sum()))
+    tree, answers = opened(teacher, question, todo, settings, temperature)
     for group in in_groups(todo, settings):
         fill(
             teacher,
@@ -90,6 +86,21 @@ def filled(
             answers,
         )
     return answers.result(conditioned_on)
+
+
+def opened(
+    teacher: ARTeacher,
+    question: Question,
+    todo: Sequence[Region],
+    settings: TargetSettings,
+    temperature: float,
+) -> tuple[Tree, Answers]:
+    """The clean rows, ready for fills of these regions, and an empty sheet for the answers."""
+    asked_BL = question.wanted_BL.clone()  # left-only stands in where every fill is impossible
+    for region in todo:
+        asked_BL[region.row, region.holes[0]] = True
+    tree = Tree(teacher, question.x0_BL, question.document_ids_BL, asked_BL)
+    return tree, Answers(teacher, tree, settings, temperature, int(question.wanted_BL.sum()))
 
 
 def fill(teacher: ARTeacher, tree: Tree, fillings: Sequence[Filling], answers: Answers) -> None:

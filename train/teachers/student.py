@@ -22,7 +22,7 @@ from ..targets import NOT_KEPT, Question, SoftTargets, TargetSettings, no_target
 from .ar import ARTeacher
 from .chunks import token_log_probs
 from .evidence import Region, describe, in_groups, regions
-from .fills import Answers, inverse_cdf, uniforms_LK
+from .fills import Answers, inverse_cdf, opened, uniforms_LK
 from .tree import Tree
 
 
@@ -36,11 +36,7 @@ def student_proposed(
     todo = regions(question, settings)
     if not todo:
         return no_targets(question.x0_BL.device, temperature, seen)
-    asked_BL = question.wanted_BL.clone()
-    for region in todo:
-        asked_BL[region.row, region.holes[0]] = True
-    tree = Tree(teacher, question.x0_BL, question.document_ids_BL, asked_BL)
-    answers = Answers(teacher, tree, settings, temperature, int(question.wanted_BL.sum()))
+    tree, answers = opened(teacher, question, todo, settings, temperature)
     for group in in_groups(todo, settings):
         fill_at_once(teacher, question, group, tree, settings, answers)
     return answers.result(seen)

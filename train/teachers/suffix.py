@@ -68,7 +68,7 @@ def suffix_scored(
     )
     prior_NC = found.scores_NC.clone()
     clean_BL = clean_log_probs(teacher, question.x0_BL, tree, asked_BL)
-    places_left = [
+    scored = [
         Place(
             n, row, position, int(end_BL[row, position]), found, question.x0_BL[row], clean_BL[row]
         )
@@ -76,7 +76,7 @@ def suffix_scored(
     ]
     dropped_N = torch.zeros(len(places), dtype=torch.float64, device=question.x0_BL.device)
     score = score_pruned if settings.prune else score_all
-    score(teacher, tree, [place for place in places_left if place.length], settings, dropped_N)
+    score(teacher, tree, [place for place in scored if place.length], settings, dropped_N)
     # Where no candidate can be followed by the text, the left side alone has to do.
     impossible_N = found.scores_NC.amax(-1) == NOT_KEPT
     found.scores_NC[impossible_N] = prior_NC[impossible_N]
@@ -219,9 +219,8 @@ class Place:
         self._scores_C = found.scores_NC[index]
         self._offset_C = found.offset_NC[index]
         self.ids_C = found.ids_NC[index]
-        self.true = int(
-            (self.ids_C == x0_L[position]).int().argmax()
-        )  # no tail draw comes before it
+        # The first of its kind: tail draws, which are never candidates, come last.
+        self.true = int((self.ids_C == x0_L[position]).int().argmax())
         possible_C = self._scores_C > NOT_KEPT
         possible_C[self.true] = False
         self.live = possible_C.nonzero()[:, 0].tolist()
