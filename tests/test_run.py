@@ -1,6 +1,7 @@
 """What a run refuses before its first step, although each setting is right by itself."""
 
 import dataclasses
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from tiny_run import ar_folder, ar_teacher, corpus_folder, recipe
 from mdm.errors import ConfigError, DataError, VocabError
 from mdm.fim import template
 from mdm.train.estimate import describe
-from mdm.train.run import require_classes, require_room
+from mdm.train.run import new_run, require_classes, require_room, start
 from mdm.vocab import read_vocab
 
 MARKS = ("<fim_prefix>", "<fim_suffix>", "<fim_middle>")
@@ -78,3 +79,17 @@ def test_a_dry_run_counts_the_branches_of_a_target(folders):
 def test_a_family_needs_its_marks(folders, target, message):
     with pytest.raises(ConfigError, match=message):
         recipe(*folders, target=target)
+
+
+def test_a_run_does_not_start_with_rows_that_do_not_fit_or_have_no_classes(folders, tmp_path):
+    ar = ar_folder(tmp_path / "marks", extra_special=MARKS, max_position_embeddings=27)
+    settings = recipe(ar, folders[1], target={"infill": "psm"})
+    with pytest.raises(ConfigError, match="infill=psm adds 4 tokens"):
+        start(settings, new_run(settings, tmp_path / "runs"))
+
+    rows = [json.dumps({"text": f"def f{i}(x):\n    return x + {i}\n"}) for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    nameless = {"sources": [str(tmp_path / "rows.jsonl")], "language": "auto"}
+    settings = recipe(*folders, data=nameless, masks={"where": "tilted"})
+    with pytest.raises(DataError, match="all tokens are 'other'"):
+        start(settings, new_run(settings, tmp_path / "other"))

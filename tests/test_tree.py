@@ -9,7 +9,7 @@ import torch
 from tiny_run import ar_teacher
 
 from mdm.train.teachers.ar import ARTeacher
-from mdm.train.teachers.tree import Tree
+from mdm.train.teachers.tree import Branch, Tree, _pack
 
 V = 7
 FLOAT64 = {"atol": 1e-10, "rtol": 0}
@@ -246,3 +246,15 @@ def test_something_must_stand_before_a_branch():
             tree.branch(row, position)
         with pytest.raises(AssertionError, match="not asked for"):
             tree.trunk(row, position)
+
+
+def test_branches_share_a_row_while_they_are_no_longer_than_the_longest_prefix():
+    def packed(*branches):
+        return _pack([Branch(row, start) for row, start, _ in branches],
+                     [torch.zeros(count) for *_, count in branches])  # fmt: skip
+
+    assert packed((0, 6, 3), (0, 6, 3), (0, 6, 3)) == [[0, 1], [2]]
+    # The room is that of the longest prefix for all, or rows would differ and be padded.
+    assert packed((0, 2, 3), (0, 6, 3)) == [[0, 1]]
+    assert packed((1, 6, 1), (0, 6, 1), (1, 6, 1)) == [[1], [0, 2]]
+    assert packed((0, 2, 9), (0, 2, 9)) == [[0], [1]]
