@@ -1001,3 +1001,32 @@ def pruned(
             alive.remove(v)
         dropped += spent
     return alive, dropped
+
+
+# --- 10. two tokenizations of one text -------------------------------------------------------------
+
+
+def aligned(ends_N: Sequence[int], ends_M: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The chunk of each token: whoever is behind takes a token, and where both meet a chunk is over.
+
+    Tokens of no bytes go with the chunk that was just closed; before the first byte, with the first.
+    """
+    sides = (list(ends_N), list(ends_M))
+    chunks: tuple[list[int], list[int]] = ([], [])
+    at, chunk = [0, 0], 0
+
+    def take(side: int) -> None:
+        at[side] = sides[side][len(chunks[side])]
+        chunks[side].append(chunk)
+
+    def has_more(side: int) -> bool:
+        return len(chunks[side]) < len(sides[side])
+
+    while has_more(0) or has_more(1):
+        take(0 if has_more(0) and at[0] <= at[1] else 1)
+        if at[0] == at[1] > 0:
+            for side in (0, 1):
+                while has_more(side) and sides[side][len(chunks[side])] == at[side]:
+                    take(side)
+            chunk += 1
+    return chunks
