@@ -78,8 +78,8 @@ def test_an_unclosed_writer_leaves_no_rows(tmp_path):
     writer = RowWriter(tmp_path / "rows", LENGTH)
     for number in range(600):
         writer.append(row(number))
-    for file in writer._files:
-        file.flush()
+    for array in writer._arrays:
+        array._file.flush()
     assert len(Rows(tmp_path / "rows")) == 0
     writer.close()
     assert len(Rows(tmp_path / "rows")) == 600

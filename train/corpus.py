@@ -22,7 +22,7 @@ from typing import Any, Protocol
 from mdm.errors import DataError
 
 from .code_files import file_state, folder_files, library_files, read_text
-from .documents import Document, Skips, document_of_row
+from .documents import Document, Skips, document_of_row, prompt_of_row
 
 STDLIB = "stdlib"
 HUB = "hub:"
@@ -59,6 +59,12 @@ def open_source(name: str, extensions: tuple[str, ...], max_file_kib: int) -> So
     if path.name.endswith((".jsonl", ".jsonl.gz", ".json")):
         return RowFile(path)
     return TextFile(path, max_file_kib)
+
+
+def open_prompts(name: str, extensions: tuple[str, ...], max_file_kib: int) -> Source:
+    """As open_source, for documents that a teacher is to continue."""
+    source = open_source(name, extensions, max_file_kib)
+    return PromptFile(source.path) if isinstance(source, RowFile) else source
 
 
 def read_in_turn(sources: Sequence[Source], skips: Skips) -> Iterator[Document]:
@@ -99,13 +105,16 @@ class RowFile:
 
     def documents(self, skips: Skips) -> Iterator[Document]:
         """One document a row; blank lines are ignored, empty texts counted."""
-        rows = self._list() if self.path.suffix == ".json" else self._lines()
-        for origin, row in rows:
+        for origin, row in self.rows():
             document = document_of_row(row, origin)
             if document.text.strip():
                 yield document
             else:
                 skips.add("empty", origin)
+
+    def rows(self) -> Iterator[tuple[str, Any]]:
+        """(where it is, row) one after the other."""
+        return self._list() if self.path.suffix == ".json" else self._lines()
 
     def state(self) -> str:
         """Size and time of the last write."""
@@ -132,6 +141,16 @@ class RowFile:
             raise DataError(f"{self.path} holds a {type(rows).__name__}; expected a list of rows")
         for number, row in enumerate(rows, start=1):
             yield f"{self.path} row {number}", row
+
+
+@dataclass(frozen=True)
+class PromptFile(RowFile):
+    """JSON rows that are prompts: they need no response, and a plain text may be empty."""
+
+    def documents(self, skips: Skips) -> Iterator[Document]:
+        """One document a row."""
+        for origin, row in self.rows():
+            yield prompt_of_row(row, origin)
 
 
 @dataclass(frozen=True)

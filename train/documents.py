@@ -25,13 +25,16 @@ class Document:
 
     `prompt` is None for plain text. A prompt (text, or chat messages before the assistant's turn)
     is read but never learnt; then `text` is the response to it. Documents of one `group` (pieces of
-    one file, say) fall on the same side of the held-out split.
+    one file, say) fall on the same side of the held-out split. A text that is `cut` goes on where it
+    came from: nothing is learnt about its end. `tokens` are those it was written in, if it was sampled.
     """
 
     text: str
     origin: str
     prompt: str | tuple[Message, ...] | None = None
     group: str | None = None
+    cut: bool = False
+    tokens: tuple[int, ...] | None = None
 
     @property
     def file_name(self) -> str:
@@ -83,7 +86,9 @@ def document_of_row(row: object, origin: str, column: str | None = None) -> Docu
 
     `column` takes plain text from that key. Otherwise the first found of: `messages`, a chat whose
     last assistant turn is the response; `prompt` with `response`; `text`, plain text. An `origin` in
-    the row names the file it was cut from, which is then its group.
+    the row names the file it was cut from, which is then its group; a true `cut` says that the text
+    to learn did not end there; `token_ids` are the tokens a teacher wrote it in. All three are read unless
+    `column` is given: then `cut` may mean anything.
     Raises DataError naming `origin` if the row is none of these.
     """
     if not isinstance(row, Mapping):
@@ -92,17 +97,46 @@ def document_of_row(row: object, origin: str, column: str | None = None) -> Docu
     group = group if isinstance(group, str) else None
     if column is not None:
         return Document(_text(row, column, origin), origin, group=group)
+    cut = row.get("cut")
+    if not isinstance(cut, bool | None):
+        raise DataError(f"{origin}: `cut` must be true or false; got {_short(cut)}")
+    cut, tokens = bool(cut), _token_ids(row.get("token_ids"), origin)
     if "messages" in row:
-        return replace(_chat(row["messages"], origin), group=group)
+        return replace(_chat(row["messages"], origin), group=group, cut=cut, tokens=tokens)
     if "prompt" in row and "response" in row:
         prompt = _text(row, "prompt", origin)
-        return Document(_text(row, "response", origin), origin, prompt, group)
+        return Document(_text(row, "response", origin), origin, prompt, group, cut, tokens)
     if "text" in row:
-        return Document(_text(row, "text", origin), origin, group=group)
+        return Document(_text(row, "text", origin), origin, group=group, cut=cut, tokens=tokens)
     raise DataError(
         f"{origin}: the row has the keys {', '.join(map(str, row)) or '(none)'}; expected `text`,"
         " or `prompt` and `response`, or `messages`"
     )
+
+
+def prompt_of_row(row: object, origin: str) -> Document:
+    """As document_of_row, but a prompt needs no response, and a chat no assistant's turn."""
+    if isinstance(row, Mapping):
+        turns = row.get("messages")
+        if isinstance(turns, list) and not any(_is_answer(turn) for turn in turns):
+            row = {**row, "messages": [*turns, {"role": "assistant", "content": ""}]}
+        elif "prompt" in row and "messages" not in row:
+            row = {"response": "", **row}
+    return document_of_row(row, origin)
+
+
+def _is_answer(turn: object) -> bool:
+    return isinstance(turn, Mapping) and turn.get("role") == "assistant"
+
+
+def _token_ids(value: object, origin: str) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list) or not all(type(token) is int for token in value):
+        raise DataError(
+            f"{origin}: `token_ids` must be a list of whole numbers; got {_short(value)}"
+        )
+    return tuple(value)
 
 
 def _chat(messages: object, origin: str) -> Document:

@@ -18,6 +18,7 @@ import torch
 
 from mdm.errors import DataError
 
+from .arrays import GrowingArray
 from .packing import Row
 
 # Row fields in order. Little-endian, whatever the machine, so that a folder can be moved.
@@ -41,15 +42,14 @@ class RowWriter:
     def __init__(self, folder: Path, length: int) -> None:
         folder.mkdir(exist_ok=True)
         self.num_rows = 0
-        self._length = length
-        self._pending: list[Row] = []
-        # Open until close(), hence no `with`.
-        self._files = [open(folder / f"{name}.npy", "wb") for name in _ARRAYS]  # noqa: SIM115
-        self._write_headers()
+        self._pending: list[tuple[Any, ...]] = []
+        self._arrays = [
+            GrowingArray(folder / f"{name}.npy", kind, (length,)) for name, kind in _ARRAYS.items()
+        ]
 
     def append(self, row: Row) -> None:
         """Add one row of the length given at the start."""
-        self._pending.append(row)
+        self._pending.append(row[: len(_ARRAYS)])
         self.num_rows += 1
         if len(self._pending) == _BLOCK:
             self._write_pending()
@@ -58,27 +58,15 @@ class RowWriter:
         """Write what is pending and the final number of rows. Without this the folder is empty."""
         try:
             self._write_pending()
-            self._write_headers()
         finally:
-            for file in self._files:
-                file.close()
+            for array in self._arrays:
+                array.close()
 
     def _write_pending(self) -> None:
         if self._pending:
-            for file, kind, column in zip(
-                self._files, _ARRAYS.values(), zip(*self._pending, strict=True), strict=True
-            ):
-                file.write(np.stack(column).astype(kind).tobytes())
+            for array, column in zip(self._arrays, zip(*self._pending, strict=True), strict=True):
+                array.append(np.stack(column))
         self._pending = []
-
-    def _write_headers(self) -> None:
-        """(Re)write the header in place: numpy leaves room in it for the first axis to grow."""
-        shape = (self.num_rows, self._length)
-        for file, kind in zip(self._files, _ARRAYS.values(), strict=True):
-            file.seek(0)
-            np.lib.format.write_array_header_1_0(
-                file, {"descr": kind, "fortran_order": False, "shape": shape}
-            )
 
 
 class Rows:
