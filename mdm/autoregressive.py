@@ -193,12 +193,20 @@ def check_hole(ar: Autoregressive, hole: Hole) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """One token more in a row, its probability, and the result if it was the row's last."""
+    """One token more in a row, and the result if it was the row's last.
+
+    log_prob  of the token under the model as it is (temperature 1, all tokens), in nats
+    """
 
     row: int
     token: int
-    confidence: float
+    log_prob: float
     result: Generation | None
+
+    @property
+    def confidence(self) -> float:
+        """The token's probability."""
+        return math.exp(self.log_prob)
 
 
 @dataclasses.dataclass
@@ -277,4 +285,4 @@ def _add_token(
     if reason == "stop" or len(writer.ids) == writer.hole.length:
         mean, nfe = writer.log_prob / len(writer.ids), len(writer.ids)
         result = Generation(text, ids, tokens, reason, nfe, mean)
-    return Written(writer.row, token, math.exp(log_prob), result)
+    return Written(writer.row, token, log_prob, result)

@@ -18,6 +18,7 @@ from mdm.autoregressive import (
     by_length,
     log_likelihood,
     write,
+    writing,
 )
 from mdm.convert import make_bidirectional
 from mdm.errors import CheckpointError, ConfigError, RequestError
@@ -186,6 +187,24 @@ def test_done_is_told_as_rows_finish():
     forwards = [one.nfe for _, one in done]
     assert forwards == sorted(forwards)
     assert write(ar, [], GREEDY) == []
+
+
+@pytest.mark.parametrize("settings", [GREEDY, DecodingSettings(0.7, 0.9)])
+def test_each_token_comes_with_its_log_probability(settings):
+    ar = random_ar()
+    p = next_log_probs(ar.model)
+    ids = [list(hole.before) for hole in HOLES]
+    log_probs = [[] for _ in HOLES]
+    for written in writing(ar, HOLES, settings):
+        for one in written:
+            assert one.log_prob == pytest.approx(float(p(ids[one.row])[one.token]), abs=1e-4)
+            assert one.confidence == math.exp(one.log_prob)
+            ids[one.row].append(one.token)
+            log_probs[one.row].append(one.log_prob)
+            if one.result is not None:
+                assert one.result.token_ids == ids[one.row][len(HOLES[one.row].before) :]
+                mean = sum(log_probs[one.row]) / len(log_probs[one.row])
+                assert one.result.confidence == pytest.approx(mean, abs=1e-6)
 
 
 # --- stop strings ----------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""`mdm data`: look at training data, and make some from Python code."""
+"""`mdm data`: look at training data, and make some from Python code or by a teacher."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from .cache_command import cache_targets
+from .teacher_text_command import sample_teacher
 
 if TYPE_CHECKING:
     from mdm.vocab import Vocab
@@ -15,7 +18,11 @@ if TYPE_CHECKING:
 
 @click.group()
 def data() -> None:
-    """Look at training data, and make some from Python code."""
+    """Look at training data, and make some from Python code or by a teacher."""
+
+
+data.add_command(sample_teacher)
+data.add_command(cache_targets)
 
 
 @data.command()
@@ -63,6 +70,34 @@ def functions(source: str, output: Path, limit: int | None) -> None:
             draft.unlink()
     click.echo(f"{count} functions, {characters} characters → {output}")
     click.echo(f"files left out: {skips}")
+
+
+@data.command()
+@click.argument("sources", nargs=-1, required=True)
+@click.option("--size", default=2**13, show_default=True, help="Most tokens, 256 bytes included.")
+@click.option(
+    "--output", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder."
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Stop after this many documents.")
+def train_tokenizer(sources: tuple[str, ...], size: int, output: Path, limit: int | None) -> None:
+    """Learn a tokenizer of --size tokens from SOURCES: byte-level BPE.
+
+    A student can be given it: --set student.tokenizer=FOLDER, with a teacher of another tokenizer
+    (--recipe mapped or embedding). SOURCES are those of `mdm data inspect`.
+    """
+    import itertools
+
+    from .corpus import open_source, read_in_turn
+    from .dataset import DataSettings
+    from .documents import Skips
+    from .tokenizer import train_tokenizer as learn
+
+    settings, skips = DataSettings(), Skips()
+    opened = [open_source(name, settings.extensions, settings.max_file_kib) for name in sources]
+    documents = itertools.islice(read_in_turn(opened, skips), limit)
+    tokens = learn((document.text for document in documents), size, output)
+    click.echo(f"{tokens} tokens → {output}")
+    click.echo(f"left out: {skips}")
 
 
 @data.command()
