@@ -30,7 +30,6 @@ from mdm.errors import ConfigError, check_known
 from mdm.record import append_record, make_record, to_json
 from mdm.train.dataset import open_prepared, prepare
 from mdm.train.held_out import LEVELS, HeldOut
-from mdm.train.objective import soft_targets
 from mdm.train.recipe import Recipe, read_recipe
 from mdm.train.rows import Rows
 from mdm.train.run import Outcome, initial_student, new_run, precision, start
@@ -224,15 +223,15 @@ def teacher_seconds(recipe: Recipe, folder: Path) -> float:
     if recipe.objective.kd_lambda == 0:
         return 0.0
     again = start(recipe, folder)
-    assert again.teacher is not None, "there is distillation"
-    temperature, device = recipe.objective.kd_temperature, again.denoiser.device
+    assert again.ask is not None, "there is distillation"
+    device = again.denoiser.device
     seconds = []
     for step in range(min(TIMED_STEPS, recipe.train.steps)):
         batches = [batch.to(device) for batch in micro_batches(again, step)]
         began = time.monotonic()
         for batch in batches:
             with precision(again):
-                soft_targets(again.teacher, batch, recipe.target, temperature, again.denoiser)
+                again.ask(batch, again.denoiser)
         seconds.append(time.monotonic() - began)
     return min(seconds)
 

@@ -39,7 +39,7 @@ from mdm.diffusion import apply_mask, mask_exactly, row_uniforms
 from mdm.errors import check_known
 from mdm.record import append_record, make_record
 from mdm.train.objective import MaskedBatch, own_distributions
-from mdm.train.run import DTYPES
+from mdm.train.supervision import DTYPES
 from mdm.train.targets import Question, SoftTargets, TargetSettings
 from mdm.train.teachers.ar import ARTeacher, load_teacher
 from mdm.train.teachers.kinds import answer, asks_student, check_target

@@ -21,6 +21,7 @@ MODEL_HELP = "Model folder.  [default: the last finished run in runs/]"
 )
 @click.option("--random", is_flag=True, help="Random weights; SOURCE needs a config only.")
 @click.option("--no-shift", is_flag=True, help="Predict position i from output i, not i-1.")
+@click.option("--tokenizer", help="Give it this tokenizer: a folder.  [default: SOURCE's]")
 @click.option("--mask-token", help="Special token to reuse as mask.  [default: a new one]")
 @click.option("--start-token", help="Token that opens a document.  [default: bos, or eos]")
 @click.option("--end-token", help="Token that closes a document.  [default: eos]")
@@ -32,6 +33,7 @@ def convert(
     width: float,
     random: bool,
     no_shift: bool,
+    tokenizer: str | None,
     mask_token: str | None,
     start_token: str | None,
     end_token: str | None,
@@ -57,6 +59,7 @@ def convert(
         random=random,
         shift=not no_shift,
         mask_token=mask_token,
+        tokenizer=tokenizer,
         start_token=start_token,
         end_token=end_token,
         seed=seed,

@@ -25,6 +25,7 @@ from .checkpoint import (
 from .config import require
 from .denoiser import Denoiser
 from .errors import ConfigError, VocabError
+from .new_tokens import give_tokens
 from .vocab import Vocab, read_vocab
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ class StudentSettings:
     random       true = random weights in the shape of the config; no weights are read
     shift        position i is predicted from output i - 1, as in the AR model
     mask_token   special token of the tokenizer to reuse as mask; null = add a new one
+    tokenizer    another tokenizer for the student: folder, or any model; null = that of init. Its tokens
+                 start as means of the rows of what init's tokenizer makes of them
     start_token  token that opens every document; null = the tokenizer's bos, or its eos
     end_token    token that closes every document; null = the tokenizer's eos
     seed         of random weights
@@ -56,6 +59,7 @@ class StudentSettings:
     random: bool = False
     shift: bool = True
     mask_token: str | None = None
+    tokenizer: str | None = None
     start_token: str | None = None
     end_token: str | None = None
     seed: int = 0
@@ -75,12 +79,14 @@ def convert(settings: StudentSettings) -> Denoiser:
             f"{settings.init} is a student already; train it further with student.init, or convert"
             " the AR model it came from"
         )
-    tokenizer = load_tokenizer(settings.init)
+    tokenizer = load_tokenizer(settings.tokenizer or settings.init)
     vocab = read_vocab(
         tokenizer, start_token=settings.start_token, end_token=settings.end_token
     ).with_mask(settings.mask_token)
     build = random_student if settings.random else initialised_student
     student = build(settings)
+    if settings.tokenizer is not None:
+        give_tokens(student, read_vocab(load_tokenizer(settings.init)), vocab)
     make_bidirectional(student)
     add_mask_row(student, vocab)
     place = None if settings.random else source_path(settings.init)
@@ -239,6 +245,13 @@ def _spread(total: int, kept: int) -> torch.Tensor:
     if kept == 1:
         return torch.zeros(1, dtype=torch.long)
     return (torch.arange(kept) * (total - 1) / (kept - 1)).round().long()
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The layers of a decoder. Raises ConfigError if they cannot be found."""
+    layers = model.get_submodule(_layers_path(model))
+    assert isinstance(layers, nn.ModuleList)
+    return layers
 
 
 def _layers_path(model: PreTrainedModel) -> str:

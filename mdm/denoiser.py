@@ -56,6 +56,8 @@ class Denoiser(nn.Module):
         self.block_size = block_size
         self.lineage = lineage
         self.mask_id: int = vocab.mask_id
+        # From our states to a teacher's. Only training sets and uses it; it is not saved with the model.
+        self.projection: nn.Module | None = None
         # A model with sliding windows would keep its window; an explicit mask lifts it on every layer.
         self.always_mask = has_sliding_window(model.config)
         probe_attention(model, causal=False)
@@ -82,11 +84,13 @@ class Denoiser(nn.Module):
         document_ids_BL: torch.Tensor | None = None,
         score: Score | None = None,
         score_inputs: tuple[torch.Tensor, ...] = (),
+        with_states: bool = False,
     ) -> torch.Tensor:
         """Logits (N, V), float32, of the wanted positions; or `score(logits_nV, *inputs_n)` per row.
 
         With `score`, logits exist only for a chunk of rows at a time and are recomputed in the
         backward pass; each of `score_inputs` has N rows, the result is the scores of all N rows.
+        `with_states` gives it the states (n, D) that the logits are made of as second argument.
         The logits of the mask token and of unused rows of the head are -inf.
         """
         rows_ND = self.rows(xt_BL, wanted_BL, document_ids_BL=document_ids_BL)
@@ -94,7 +98,8 @@ class Denoiser(nn.Module):
             return self.head(rows_ND)
 
         def scored(rows_nD: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
-            return score(self.head(rows_nD), *inputs)
+            states = (rows_nD,) if with_states else ()
+            return score(self.head(rows_nD), *states, *inputs)
 
         parts = []
         for chunk in self.chunks(len(rows_ND)):

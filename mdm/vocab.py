@@ -228,7 +228,8 @@ def require_same_tokens(teacher: PreTrainedTokenizerBase, student: PreTrainedTok
         raise VocabError(
             f"teacher and student tokenizers differ at {len(differ)} of {len(theirs)} ids"
             f" (id: teacher / student — {shown}); soft targets need one tokenizer for both:"
-            " convert the student from this teacher, or choose a teacher of the same family"
+            " convert the student from this teacher, choose a teacher of the same family, or set"
+            " target.kind=mapped or embedding"
         )
     return len(theirs)
 

@@ -88,7 +88,7 @@ def test_little_room_is_wasted():
 
 def test_rows_have_small_exact_types():
     (row,) = pack(packer(), [[5] * 4])
-    assert [column.dtype for column in row] == [np.int32, np.int32, np.bool_, np.uint8]
+    assert [column.dtype for column in row[:4]] == [np.int32, np.int32, np.bool_, np.uint8]
     assert {len(column) for column in row} == {32}
 
 
@@ -187,6 +187,58 @@ def test_only_the_tokens_of_a_response_have_classes(eos_padding, response):
 def test_there_is_one_class_for_each_token():
     with pytest.raises(AssertionError, match="one class"):
         packer().add([5] * 9, classes=[1] * 8)
+
+
+# --- text that goes on -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("lengths", [*LENGTHS[:2], [31], [4], [27, 4, 27, 4]])
+def test_a_cut_text_is_learnt_without_an_end(lengths, packing):
+    one = packer(packing=packing)
+    documents = [tokens for tokens in numbered(lengths) if len(tokens) >= 4]
+    cut = [i % 3 != 1 for i in range(len(documents))]
+    rows = [row for t, c in zip(documents, cut, strict=True) for row in one.add(t, cut=c)]
+    found = []
+    for row in rows + one.finish():
+        for tokens, _ in segments(row):
+            assert len(tokens) - 1 >= 4
+            found += tokens[1:]
+    assert found == [
+        token
+        for tokens, c in zip(documents, cut, strict=True)
+        for token in (*tokens, *([] if c else [END]))
+    ]
+
+
+@pytest.mark.parametrize("eos_padding", ["none", "block", "row"])
+@pytest.mark.parametrize("response", [1, 8, 28, 29, 40])
+def test_a_response_that_was_cut_is_followed_by_nothing(eos_padding, response):
+    one = packer(eos_padding=eos_padding)
+    (row,) = one.add([5] * response, [8, 9], [3] * response, cut=True)
+    learnt = min(response, 29)
+    assert row.tokens_L[row.maskable_L].tolist() == [5] * learnt
+    assert row.classes_L[row.maskable_L].tolist() == [3] * learnt
+    assert (row.document_ids_L[3 + learnt :] == -1).all()
+    assert END not in row.tokens_L
+
+
+@pytest.mark.parametrize(
+    ("tokens", "prompt", "reason"),
+    [
+        ([5] * 3, None, "too short"),  # no eos to count
+        ([5] * 4, None, None),
+        ([5], [9] * 30, None),  # start + 30 + one token
+        ([5], [9] * 31, "prompt too long"),
+        ([5] * 2, [9] * 30, "prompt too long"),
+        ([], [9], "empty"),
+    ],
+)
+def test_refusals_of_what_was_cut(tokens, prompt, reason):
+    assert packer().refusal(tokens, prompt, cut=True) == reason
+    if reason is None:
+        packer().add(tokens, prompt, cut=True)
+    assert packer(min_tokens=0).refusal([], cut=True) == "too short"
 
 
 def test_a_response_leaves_the_open_row_alone():

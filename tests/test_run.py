@@ -11,7 +11,8 @@ from tiny_run import ar_folder, ar_teacher, corpus_folder, recipe
 from mdm.errors import ConfigError, DataError, VocabError
 from mdm.fim import template
 from mdm.train.estimate import describe
-from mdm.train.run import new_run, require_classes, require_room, start
+from mdm.train.run import new_run, require_classes, start
+from mdm.train.supervision import require_room
 from mdm.vocab import read_vocab
 
 MARKS = ("<fim_prefix>", "<fim_suffix>", "<fim_middle>")

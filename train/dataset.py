@@ -19,6 +19,7 @@ from mdm.errors import DataError, check_known
 
 from .corpus import Source, open_source
 from .packing import EOS_PADDINGS
+from .readings import READINGS, Readings
 from .rows import Rows
 from .splits import SPLITS, Pass, Vocab
 from .weighting import NO_LANGUAGE, check_language
@@ -88,7 +89,8 @@ class DataSettings:
 class PreparedData:
     """Rows to train on and held-out rows, with the manifest that says how they came about.
 
-    `reused` is True if an earlier preparation of the same data was found.
+    `reused` is True if an earlier preparation of the same data was found; `readings` are those of the
+    training rows by a teacher with another tokenizer.
     """
 
     directory: Path
@@ -96,10 +98,15 @@ class PreparedData:
     train: Rows
     held_out: Rows
     reused: bool
+    readings: Readings | None = None
 
 
-def prepare(settings: DataSettings, vocab: Vocab, directory: str | Path) -> PreparedData:
+def prepare(
+    settings: DataSettings, vocab: Vocab, directory: str | Path, reader: Vocab | None = None
+) -> PreparedData:
     """The data of `settings` in the tokens of `vocab`, written to `directory` unless it is there.
+
+    `reader` is the vocabulary of a teacher with another tokenizer, which reads the training rows, too.
 
     The directory is replaced as a whole when settings, vocabulary or sources have changed, and only
     when the new data is complete. Memory grows with the number of documents (about 100 bytes each,
@@ -111,30 +118,36 @@ def prepare(settings: DataSettings, vocab: Vocab, directory: str | Path) -> Prep
     sources = [
         open_source(name, settings.extensions, settings.max_file_kib) for name in settings.sources
     ]
-    made_from = _made_from(settings, vocab, sources)
+    made_from = _made_from(settings, vocab, sources, reader)
     found = _finished(directory, made_from)
     if found is not None:
         return found
     _require_ours(directory)
     with replacing(directory) as draft:
-        counts = _write(settings, vocab, sources, draft)
+        counts = _write(settings, vocab, sources, draft, reader)
         manifest = json.dumps({"made_from": made_from, **counts}, indent=1)
         (draft / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
     return open_prepared(directory, reused=False)
 
 
-def _made_from(settings: DataSettings, vocab: Vocab, sources: list[Source]) -> dict[str, Any]:
+def _made_from(
+    settings: DataSettings, vocab: Vocab, sources: list[Source], reader: Vocab | None
+) -> dict[str, Any]:
     """Everything the rows depend on, as plain JSON values."""
+    second = {} if reader is None else {"reader": _identity(reader)}
     state = hashlib.sha256(repr([source.state() for source in sources]).encode())
     return {
         "format": _FORMAT,
         "settings": to_tree(settings),
-        "vocab": {
-            "fingerprint": vocab.fingerprint,
-            **{name: getattr(vocab, name) for name in ("start_id", "eos_id", "pad_id")},
-        },
+        "vocab": _identity(vocab),
         "sources_state": state.hexdigest(),
+        **second,
     }
+
+
+def _identity(vocab: Vocab) -> dict[str, Any]:
+    names = ("start_id", "eos_id", "pad_id")
+    return {"fingerprint": vocab.fingerprint, **{name: getattr(vocab, name) for name in names}}
 
 
 def _require_ours(directory: Path) -> None:
@@ -176,11 +189,20 @@ def open_prepared(directory: Path, *, reused: bool = True) -> PreparedData:
     train, held_out = (Rows(directory / split) for split in SPLITS)
     if [len(train), len(held_out)] != expected:
         raise DataError(f"{directory} does not hold the rows its manifest counts")
-    return PreparedData(directory, manifest, train, held_out, reused)
+    readings = None
+    if "reader" in manifest["made_from"]:
+        readings = Readings(directory / SPLITS[0] / READINGS)
+        if len(readings) != len(train):
+            raise DataError(f"{directory} does not hold a teacher's reading of every row")
+    return PreparedData(directory, manifest, train, held_out, reused, readings)
 
 
 def _write(
-    settings: DataSettings, vocab: Vocab, sources: list[Source], folder: Path
+    settings: DataSettings,
+    vocab: Vocab,
+    sources: list[Source],
+    folder: Path,
+    reader: Vocab | None,
 ) -> dict[str, Any]:
     """Write both splits below `folder`; what was counted on the way.
 
@@ -188,7 +210,7 @@ def _write(
     hash is then the held-out one.
     """
     below = int(settings.held_out_fraction * 2**64)
-    first = Pass(settings, vocab, folder, below)
+    first = Pass(settings, vocab, folder, below, reader)
     first.run(sources)
     if not first.used:
         raise DataError(
@@ -202,6 +224,6 @@ def _write(
             f"{', '.join(settings.sources)} has one usable document or file, so none can be held out"
             f" (skipped: {first.skips}); add documents, or set data.held_out_fraction to 0"
         )
-    second = Pass(settings, vocab, folder, first.smallest_hash + 1)
+    second = Pass(settings, vocab, folder, first.smallest_hash + 1, reader)
     second.run(sources)
     return second.counts()

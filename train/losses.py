@@ -122,6 +122,23 @@ def _kept(scaled_nV: torch.Tensor, ids_nK: torch.Tensor, log_p_nK: torch.Tensor)
     return scaled_nV.gather(-1, ids_nK).masked_fill(log_p_nK == float("-inf"), float("-inf"))
 
 
+def _cosine(projected_nD: torch.Tensor, states_nD: torch.Tensor) -> torch.Tensor:
+    """(n,) 1 - cosine of the angle between the two: blind to their sizes."""
+    return 1 - F.cosine_similarity(projected_nD.float(), states_nD, dim=-1)
+
+
+def _l2(projected_nD: torch.Tensor, states_nD: torch.Tensor) -> torch.Tensor:
+    """(n,) mean squared difference, in units of the teacher's own mean square, so that 1 is "nothing"."""
+    size_n1 = states_nD.square().mean(-1, keepdim=True).clamp(min=1e-12)
+    return ((projected_nD.float() - states_nD).square() / size_n1).mean(-1)
+
+
+# Between a student's projected state and a teacher's.
+DISTANCES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "cosine": _cosine,
+    "l2": _l2,
+}
+
 TAILS: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {
     "bucket": _bucket,
     "renormalise": _renormalise,

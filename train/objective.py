@@ -18,7 +18,7 @@ Shapes: B batch, L length, N masked positions, n a chunk of them, V vocabulary, 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,7 +31,15 @@ from mdm.diffusion import apply_mask, mask_by_rate, mask_exactly, row_uniforms, 
 from mdm.errors import ConfigError, check_known
 from mdm.schedule import SCHEDULES
 
-from .losses import DIVERGENCES, TAILS, check_tail, cross_entropy, distillation, linear_ramp
+from .losses import (
+    DISTANCES,
+    DIVERGENCES,
+    TAILS,
+    check_tail,
+    cross_entropy,
+    distillation,
+    linear_ramp,
+)
 from .placement import (
     CHOICES,
     MEANINGS,
@@ -43,8 +51,9 @@ from .placement import (
     class_weights,
     counted,
 )
-from .targets import Question, SoftTargets, TargetSettings
+from .targets import Question, SoftTargets, StateTargets, Targets, TargetSettings
 from .teachers.ar import ARTeacher
+from .teachers.foreign import FOREIGN
 from .teachers.kinds import SAMPLED, TARGETS, answer, asks_student
 
 
@@ -67,6 +76,7 @@ class ObjectiveSettings:
     divergence      forward_kl, reverse_kl or jsd
     jsd_beta        of divergence=jsd; 0 = forward KL, 1 = reverse KL
     tail            treatment of tokens the teacher did not keep: bucket, renormalise or partial
+    distance        target.kind=embedding, in place of a divergence: cosine or l2
     """
 
     masking: str = "rate"
@@ -82,6 +92,7 @@ class ObjectiveSettings:
     divergence: str = "forward_kl"
     jsd_beta: float = 0.5
     tail: str = "bucket"
+    distance: str = "cosine"
 
     def __post_init__(self) -> None:
         check_known("masking", self.masking, MASKINGS)
@@ -89,6 +100,7 @@ class ObjectiveSettings:
         check_known("weight", self.weight, WEIGHTS)
         check_known("divergence", self.divergence, DIVERGENCES)
         check_known("tail", self.tail, TAILS)
+        check_known("distance", self.distance, DISTANCES)
         check_known("ce_positions", self.ce_positions, ("all", "rest"))
         require(0 < self.min_t < 1, f"objective.min_t must be in (0, 1); got {self.min_t}")
         for name in ("kd_lambda", "jsd_beta"):
@@ -118,7 +130,8 @@ class MaskedBatch:
 
     `weight_BL` is w_i at masked positions; `distilled_BL` the positions the teacher is asked for;
     `ce_weight_BL` and `kd_weight_BL` include the subset corrections. `keys` are (seed, step, sample) of
-    each row: whatever else is random about a row is a function of them.
+    each row: whatever else is random about a row is a function of them. `rows` are the rows' places in the
+    training data, if they come from there.
     """
 
     x0_BL: torch.Tensor
@@ -130,6 +143,7 @@ class MaskedBatch:
     kd_weight_BL: torch.Tensor
     denominator: float
     keys: tuple[tuple[int, ...], ...]
+    rows: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -186,6 +200,7 @@ def mask_batch(
     step: int,
     samples: Sequence[int],
     samples_per_step: int,
+    rows: Sequence[int] = (),
 ) -> MaskedBatch:
     """Masks and weights of the samples with these indices in the step; depends on nothing else."""
     uniforms = partial(
@@ -214,6 +229,7 @@ def mask_batch(
         kd_weight_BL=weight_BL * counted(distilled_BL, inclusion_BL),
         denominator=float((maskable_BL if bound else masked_BL).sum()),
         keys=tuple((seed, step, sample) for sample in samples),
+        rows=tuple(rows),
     )
 
 
@@ -304,12 +320,14 @@ def own_distributions(student: Denoiser, batch: MaskedBatch, top_k: int) -> Soft
 def loss_sums(
     denoiser: nn.Module,
     batch: MaskedBatch,
-    targets: SoftTargets | None,
+    targets: Targets | None,
     settings: ObjectiveSettings,
+    projection: nn.Module | None = None,
 ) -> torch.Tensor:
     """(2,) Σ w CE and Σ w T² KL of a micro-batch, before division by D.
 
-    `denoiser` is a Denoiser, or one wrapped for several processes.
+    `denoiser` is a Denoiser, or one wrapped for several processes. For a teacher's states the second
+    sum is of distances, and `projection`, a part of the denoiser, takes the student's states there.
     """
     masked_BL = batch.masked_BL
     ids_N, ce_weight_N = batch.x0_BL[masked_BL], batch.ce_weight_BL[masked_BL]
@@ -317,23 +335,21 @@ def loss_sums(
     inputs: tuple[torch.Tensor, ...] = (ids_N, ce_weight_N)
     if targets is not None:
         spread = partial(_rows_at, batch.distilled_BL[masked_BL])
+        kd_weight_N = kd_weight_N * spread(targets.answered_N)
         inputs += (kd_weight_N, *(spread(tensor) for tensor in targets.tensors))
+    apart = _apart(targets, settings, projection)
 
-    def score(logits_nV: torch.Tensor, *chunk: torch.Tensor) -> torch.Tensor:
+    def score(
+        logits_nV: torch.Tensor, states_nD: torch.Tensor, *chunk: torch.Tensor
+    ) -> torch.Tensor:
         ids_n, ce_weight_n, *kd = chunk
         ce_n = cross_entropy(logits_nV, ids_n, label_smoothing=settings.label_smoothing)
         kl_n = torch.zeros_like(ce_n)
         if kd:
-            kd_weight_n, *sparse = kd
+            kd_weight_n, *wanted = kd
             on_n = kd_weight_n > 0
-            divergence_n = distillation(
-                logits_nV[on_n],
-                *(tensor[on_n] for tensor in sparse),
-                divergence=divergence(settings),
-                temperature=settings.kd_temperature,
-                tail=settings.tail,
-            )
-            kl_n = kl_n.masked_scatter(on_n, kd_weight_n[on_n] * divergence_n)
+            apart_n = apart(logits_nV[on_n], states_nD[on_n], *(tensor[on_n] for tensor in wanted))
+            kl_n = kl_n.masked_scatter(on_n, kd_weight_n[on_n] * apart_n)
         return torch.stack([ce_weight_n * ce_n, kl_n], dim=-1)
 
     scored_N2 = denoiser(
@@ -342,8 +358,34 @@ def loss_sums(
         document_ids_BL=batch.document_ids_BL,
         score=score,
         score_inputs=inputs,
+        with_states=True,
     )
     return scored_N2.sum(0)
+
+
+def _apart(
+    targets: Targets | None, settings: ObjectiveSettings, projection: nn.Module | None
+) -> Callable[..., torch.Tensor]:
+    """(n,) how far the student's logits or states are from the tensors of the targets."""
+
+    def from_states(
+        _logits_nV: torch.Tensor, states_nD: torch.Tensor, wanted_nC: torch.Tensor
+    ) -> torch.Tensor:
+        assert projection is not None, "states need a projection"
+        return DISTANCES[settings.distance](projection(states_nD), wanted_nC)
+
+    def from_distributions(
+        logits_nV: torch.Tensor, _states_nD: torch.Tensor, *sparse: torch.Tensor
+    ) -> torch.Tensor:
+        return distillation(
+            logits_nV,
+            *sparse,
+            divergence=divergence(settings),
+            temperature=settings.kd_temperature,
+            tail=settings.tail,
+        )
+
+    return from_states if isinstance(targets, StateTargets) else from_distributions
 
 
 def divergence(settings: ObjectiveSettings) -> partial[torch.Tensor]:
@@ -354,9 +396,14 @@ def divergence(settings: ObjectiveSettings) -> partial[torch.Tensor]:
 
 def check_objective(objective: ObjectiveSettings, target: TargetSettings) -> None:
     """Settings that are each right but do not fit together: raise ConfigError."""
-    check_known("target.kind", target.kind, TARGETS)
+    check_known("target.kind", target.kind, (*TARGETS, *FOREIGN))
     if objective.kd_lambda > 0:
-        truncated = target.kind != "left" or target.top_p < 1
+        truncated = target.kind not in ("left", "mapped") or target.top_p < 1
+        if target.kind in FOREIGN and target.infill:
+            raise ConfigError(
+                f"target.infill={target.infill} with target.kind={target.kind}: a teacher with another"
+                " tokenizer reads the text from the left only; leave target.infill out"
+            )
         if target.kind in SAMPLED:
             _check_sampled(objective, target.kind)
         check_tail(objective.divergence, objective.tail, truncated=truncated)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from .readings import Piece, Reading
 from .weighting import OTHER
 
 EOS_PADDINGS = ("none", "block", "row")
@@ -23,18 +24,21 @@ PADDING_DOCUMENT = -1
 
 class Row(NamedTuple):
     """One training sample: token ids, segment number (-1 = padding), what may be masked, and the class
-    of each token (see train/weighting.py)."""
+    of each token (see train/weighting.py). If a teacher reads it too, its pieces of documents, each with
+    the place where its learnt tokens begin."""
 
     tokens_L: npt.NDArray[np.int32]
     document_ids_L: npt.NDArray[np.int32]
     maskable_L: npt.NDArray[np.bool_]
     classes_L: npt.NDArray[np.uint8]
+    pieces: tuple[tuple[int, Piece], ...] = ()
 
 
 class _Segment(NamedTuple):
     context: list[int]  # start token and prompt: read, never masked
     targets: list[int]
     classes: list[int]  # of the targets; those that are only read have none
+    piece: Piece | None
 
     def __len__(self) -> int:
         return len(self.context) + len(self.targets)
@@ -61,43 +65,55 @@ class Packer:
     pad_id: int
     _open: list[_Segment] = field(default_factory=list, init=False)
 
-    def refusal(self, tokens: Sequence[int], prompt: Sequence[int] | None = None) -> str | None:
-        """Why these tokens cannot be learnt from, in a few words; None if they can."""
+    def refusal(
+        self, tokens: Sequence[int], prompt: Sequence[int] | None = None, *, cut: bool = False
+    ) -> str | None:
+        """Why these tokens cannot be learnt from, in a few words; None if they can. See `add`."""
+        targets = len(tokens) if cut else len(tokens) + 1
         if prompt is None:
-            return "too short" if len(tokens) + 1 < self.min_tokens else None
+            return "too short" if targets < max(1, self.min_tokens) else None
         if not tokens:
             return "empty"
         room = self.length - len(self._opened(prompt))
-        return "prompt too long" if room < min(self.min_tokens, len(tokens) + 1) else None
+        return "prompt too long" if room < min(self.min_tokens, targets) else None
 
     def add(
         self,
         tokens: Sequence[int],
         prompt: Sequence[int] | None = None,
         classes: Sequence[int] | None = None,
+        *,
+        cut: bool = False,
+        reading: Reading | None = None,
     ) -> list[Row]:
         """The rows that these tokens complete. They must not be refused.
 
         `classes` are those of `tokens`, None = all "other", as are start, prompt, eos and padding.
         Plain text (no prompt) gets start and eos; its last row stays open for the next document.
         A response is cut at the end of its row, then without eos; its row is complete at once.
+        Tokens that are `cut` end where the text went on: they get no eos either, nor its padding.
+        `reading` is a teacher's of the same text; each row gets the part that is in it.
         """
-        assert self.refusal(tokens, prompt) is None, "the caller drops what is refused"
+        assert self.refusal(tokens, prompt, cut=cut) is None, "the caller drops what is refused"
         classes = [OTHER] * len(tokens) if classes is None else classes
         assert len(classes) == len(tokens), "one class for each token"
         if prompt is not None:
             context = self._opened(prompt)
-            targets = self._response(tokens, len(context))
+            targets = self._response(tokens, len(context), cut)
             eos = max(0, len(targets) - len(tokens))
             classes = [*classes[: len(targets)], *[OTHER] * eos]
-            return [self._row([_Segment(context, targets, classes)])]
+            piece = reading.piece(0, len(targets)) if reading else None
+            return [self._row([_Segment(context, targets, classes, piece)])]
         rows = []
-        targets, classes, done = [*tokens, self.eos_id], [*classes, OTHER], 0
+        targets, classes, done = list(tokens), list(classes), 0
+        if not cut:
+            targets, classes = [*targets, self.eos_id], [*classes, OTHER]
         while done < len(targets):
             size = self._piece(len(targets) - done)
             if size:
-                piece = slice(done, done + size)
-                self._open.append(_Segment([self.start_id], targets[piece], classes[piece]))
+                part = slice(done, done + size)
+                piece = reading.piece(done, done + size) if reading else None
+                self._open.append(_Segment([self.start_id], targets[part], classes[part], piece))
                 done += size
             if not size or not self.packing:
                 rows += self.finish()
@@ -123,8 +139,10 @@ class Packer:
         """The prompt behind a start token; a chat template may have put one there already."""
         return list(prompt) if prompt and prompt[0] == self.start_id else [self.start_id, *prompt]
 
-    def _response(self, tokens: Sequence[int], context: int) -> list[int]:
+    def _response(self, tokens: Sequence[int], context: int, cut: bool) -> list[int]:
         room = self.length - context
+        if cut:
+            return list(tokens[:room])
         targets = [*tokens, self.eos_id][:room]
         filled = {
             "none": len(targets),
@@ -141,11 +159,14 @@ class Packer:
             np.full(self.length, OTHER, np.uint8),
         )
         start = 0
-        for number, (context, targets, classes) in enumerate(segments):
+        pieces = []
+        for number, (context, targets, classes, piece) in enumerate(segments):
             middle, end = start + len(context), start + len(context) + len(targets)
             row.tokens_L[start:end] = context + targets
             row.document_ids_L[start:end] = number
             row.maskable_L[middle:end] = True
             row.classes_L[middle:end] = classes
+            if piece is not None:
+                pieces.append((middle, piece))
             start = end
-        return row
+        return row._replace(pieces=tuple(pieces))

@@ -77,6 +77,8 @@ class SoftTargets:
     conditioned_on  "left", or "left+right(…)" with the limits of the right side that was scored
     measures        what the estimator knows of its own quality, (N,) float32 each, NaN where it does
                     not apply; see MEASURES
+
+    A row whose slots are all unused is no answer: the teacher has no counterpart of the position.
     """
 
     token_ids_NK: torch.Tensor
@@ -106,9 +108,41 @@ class SoftTargets:
         )
 
     @property
+    def answered_N(self) -> torch.Tensor:
+        """(N,) bool; no loss where it is false."""
+        return (self.log_probs_NK > NOT_KEPT).any(-1)
+
+    @property
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The three tensors, in the order in which losses take them."""
         return self.token_ids_NK, self.log_probs_NK, self.tail_mass_N
+
+
+@dataclasses.dataclass(frozen=True)
+class StateTargets:
+    """A teacher's hidden state per position, which the student's projected state is to come near.
+
+    states_NC       float32; C is the teacher's width
+    answered_N      false where the teacher has no counterpart of the position: no loss there
+    conditioned_on  as in SoftTargets
+    measures        as in SoftTargets
+    """
+
+    states_NC: torch.Tensor
+    answered_N: torch.Tensor
+    conditioned_on: str
+    measures: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.answered_N)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor]:
+        """What distances take."""
+        return (self.states_NC,)
+
+
+Targets = SoftTargets | StateTargets
 
 
 def keep_top(
@@ -217,6 +251,8 @@ MEASURES = {
     "ess": "effective number of fills, (Σ w)² / Σ w²; between 1 and target.fills",
     "outside": "estimated posterior mass of the tokens that were no candidates",
     "dropped": "posterior mass that candidates had when they were dropped: expected error of pruning",
+    "answered": "1 where the teacher, which has another tokenizer, has a counterpart of the position",
+    "lost": "its probability of tokens that the student cannot write, before renormalisation",
     "fell_back": "1 where every fill was impossible and the left-only target stands in, else 0",
 }
 
@@ -227,7 +263,7 @@ class Measured:
     def __init__(self) -> None:
         self._sums_M2 = torch.zeros(len(MEASURES), 2, dtype=torch.float64)
 
-    def add(self, targets: SoftTargets) -> None:
+    def add(self, targets: Targets) -> None:
         """Take in the measures of these targets."""
         for place, name in enumerate(MEASURES):
             value_N = targets.measures.get(name)
@@ -270,6 +306,7 @@ class TargetSettings:
     family       of the marks; "" = told by the tokenizer
     branch_tokens  most tokens of branches (candidates or fills) that the teacher works on at once; bounds
                    memory
+    cache        left, mapped: folder of answers written by `mdm data cache-targets`; no teacher is loaded
     """
 
     kind: str = "left"
@@ -288,6 +325,7 @@ class TargetSettings:
     infill: str = ""
     family: str = ""
     branch_tokens: int = 4096
+    cache: str = ""
 
     def __post_init__(self) -> None:
         require(self.top_k >= 1, f"target.top_k must be at least 1; got {self.top_k}")

@@ -31,7 +31,8 @@ class ARTeacher:
     """A causal language model whose first `num_tokens` ids mean the same to the student.
 
     `mask_id` is one of them if the student's mask is a reused token, which the student never predicts.
-    `template` is how it is asked to fill in the middle, if it is.
+    `template` is how it is asked to fill in the middle, if it is. `vocab` is its own vocabulary if it
+    is not the student's.
     """
 
     model: PreTrainedModel
@@ -39,6 +40,7 @@ class ARTeacher:
     plain_head: bool
     mask_id: int | None = None
     template: Template | None = None
+    vocab: Vocab | None = None
 
     @property
     def max_length(self) -> int:
@@ -84,21 +86,43 @@ class ARTeacher:
 
 
 def load_teacher(
-    source: str, student: Vocab, *, dtype: torch.dtype, infill: str = "", family: str = ""
+    source: str,
+    student: Vocab,
+    *,
+    dtype: torch.dtype,
+    infill: str = "",
+    family: str = "",
+    quantization: str = "",
+    device: torch.device | None = None,
 ) -> ARTeacher:
-    """A frozen teacher for a student with this vocabulary.
+    """A frozen teacher for a student with this vocabulary; on the CPU, if quantised on `device`.
 
     `infill` is how it will be asked: "" (it reads the text), "psm" or "spm" (its fill-in-the-middle
     marks; `family` names them if the tokenizer does not tell), or "few_shot" (examples).
     Raises VocabError if the tokenizers differ or there are no such marks, CheckpointError if the model
     is missing or not causal.
     """
-    model, tokenizer = load_ar(source, dtype=dtype)
+    model, tokenizer = load_ar(source, dtype=dtype, quantization=quantization, device=device)
     probe_attention(model, causal=True)
     num_tokens = require_same_tokens(tokenizer, student.tokenizer)
     mask_id = student.mask_id if (student.mask_id or 0) < num_tokens else None
     asked = asked_through(read_vocab(tokenizer), infill, family) if infill else None
     return ARTeacher(model.requires_grad_(False), num_tokens, has_plain_head(model), mask_id, asked)
+
+
+def load_foreign(
+    source: str, *, dtype: torch.dtype, quantization: str = "", device: torch.device | None = None
+) -> ARTeacher:
+    """A frozen teacher with a tokenizer of its own; all of its tokens are its own.
+
+    Raises CheckpointError if the model is missing or not causal.
+    """
+    model, tokenizer = load_ar(source, dtype=dtype, quantization=quantization, device=device)
+    probe_attention(model, causal=True)
+    vocab = read_vocab(tokenizer)
+    head = model.get_output_embeddings().weight.shape[0]
+    tokens = min(len(vocab), head)
+    return ARTeacher(model.requires_grad_(False), tokens, has_plain_head(model), vocab=vocab)
 
 
 def asked_through(vocab: Vocab, infill: str, family: str) -> Template:
