@@ -61,11 +61,12 @@ def t_interval(mean: float, std_err: float, count: int) -> tuple[float, float] |
 
 def comparisons(
     units: Mapping[tuple[str, int], Mapping[str, Units]],
+    references: Sequence[str] = REFERENCES,
 ) -> list[dict[str, Any]]:
     """Every arm minus every reference, measure by measure, over the seeds that both have."""
     arms = list(dict.fromkeys(arm for arm, _ in units))
     found = []
-    for reference in REFERENCES:
+    for reference in references:
         for arm in arms:
             seeds = [seed for own, seed in units if own == arm and (reference, seed) in units]
             if arm == reference or not seeds:

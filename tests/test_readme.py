@@ -116,7 +116,7 @@ def shrink(command: list[str]) -> list[str]:
     return [name, *arguments]
 
 
-ELSEWHERE = ("serve", "targets", "suffix", "study")
+ELSEWHERE = ("serve", "targets", "suffix", "study", "cache")
 
 
 def test_the_commands_run(place, capsys):
