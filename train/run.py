@@ -19,7 +19,6 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from mdm.checkpoint import is_denoiser, load_denoiser, save_denoiser, weights_hash
 from mdm.config import build, read_yaml, to_tree
@@ -27,19 +26,20 @@ from mdm.convert import StudentSettings, convert
 from mdm.denoiser import Denoiser
 from mdm.errors import CheckpointError, ConfigError, DataError
 from mdm.record import append_record, commit, make_record, peak_rss_bytes
+from mdm.vocab import Vocab
 
 from . import processes
 from .dataset import PreparedData, open_prepared, prepare
 from .held_out import HeldOut, held_out_bound
+from .lora import merged, with_adapters
 from .objective import loss_meaning
 from .optimizer import WeightAverage, adamw
 from .progress import plot_loss
 from .recipe import Recipe
+from .sharding import check_sharding, shared_student, whole_state
 from .state import save_state, saved_steps
-from .teachers.ar import ARTeacher, load_teacher
-from .teachers.kinds import check_target
+from .supervision import Ask, bind, open_teacher, require_context
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 WRITTEN = (
     "checkpoints",
     "final",
@@ -53,13 +53,13 @@ WRITTEN = (
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The parts of a run; `module` is the denoiser, wrapped when there are several processes."""
+    """The parts of a run; `module` is the denoiser as it is called in training, wrapped by DDP or not."""
 
     recipe: Recipe
     folder: Path
     denoiser: Denoiser
     module: nn.Module
-    teacher: ARTeacher | None
+    ask: Ask | None
     data: PreparedData
     optimizer: torch.optim.AdamW
     average: WeightAverage | None
@@ -118,41 +118,25 @@ def read_run(folder: Path) -> Recipe:
 
 def start(recipe: Recipe, folder: Path) -> Run:
     """Student, teacher, data and optimizer as they are before the first step."""
-    settings, world, device = recipe.train, processes.world_size(), processes.device()
+    settings, world = recipe.train, processes.world_size()
     if settings.batch_rows % world:
         raise ConfigError(
             f"train.batch_rows ({settings.batch_rows}) must be a multiple of the number of"
             f" processes ({world})"
         )
+    check_sharding(recipe)
     torch.manual_seed(settings.seed)
-    denoiser = initial_student(recipe)
-    teacher = None
-    if recipe.objective.kd_lambda > 0:
-        dtype = DTYPES[recipe.teacher.dtype]
-        target = recipe.target
-        teacher = load_teacher(
-            recipe.teacher.model,
-            denoiser.vocab,
-            dtype=dtype,
-            infill=target.infill,
-            family=target.family,
-        )
-        check_target(target, teacher.num_tokens)
-        require_room(recipe, teacher)
-        require_context(recipe, teacher.max_length, "teacher")
-        teacher.model.to(device)
-    data = prepare_data(recipe, denoiser, folder)
+    denoiser = with_adapters(initial_student(recipe), settings)
+    teacher = open_teacher(recipe, denoiser)
+    data = prepare_data(recipe, denoiser, folder, teacher.vocab if teacher else None)
     require_classes(recipe, data)
-    denoiser.to(device)
+    ask = bind(recipe, teacher, denoiser, data)
     if settings.gradient_checkpointing:
         denoiser.model.activation_checkpointing_enable()
-    module: nn.Module = denoiser
-    if world > 1:
-        devices = [device.index] if device.type == "cuda" else None
-        module = DistributedDataParallel(denoiser, device_ids=devices)
+    module = shared_student(denoiser, settings)
     optimizer = adamw(denoiser, weight_decay=settings.weight_decay, betas=settings.betas)
     average = WeightAverage(denoiser, settings.ema_decay) if settings.ema_decay else None
-    return Run(recipe, folder, denoiser, module, teacher, data, optimizer, average)
+    return Run(recipe, folder, denoiser, module, ask, data, optimizer, average)
 
 
 def initial_student(recipe: Recipe) -> Denoiser:
@@ -171,28 +155,6 @@ def initial_student(recipe: Recipe) -> Denoiser:
     return student
 
 
-def require_context(recipe: Recipe, max_length: int, who: str) -> None:
-    """Raise ConfigError if rows are longer than a model's context."""
-    if recipe.data.length > max_length:
-        raise ConfigError(
-            f"data.length is {recipe.data.length}, but the {who} was built for at most"
-            f" {max_length} tokens; lower data.length"
-        )
-
-
-def require_room(recipe: Recipe, teacher: ARTeacher) -> None:
-    """Raise ConfigError if a row in the teacher's fill-in-the-middle template might not fit."""
-    if teacher.template is None:
-        return
-    needed = recipe.data.length + teacher.template.num_marks + 1
-    if needed > teacher.max_length:
-        raise ConfigError(
-            f"target.infill={recipe.target.infill} adds {needed - recipe.data.length} tokens to rows of"
-            f" {recipe.data.length}, but the teacher was built for at most {teacher.max_length}; lower"
-            " data.length"
-        )
-
-
 def require_classes(recipe: Recipe, data: PreparedData) -> None:
     """Raise DataError if masks are weighted by classes that the data does not have."""
     if not recipe.masks.looks_at_classes:
@@ -206,17 +168,21 @@ def require_classes(recipe: Recipe, data: PreparedData) -> None:
         )
 
 
-def prepare_data(recipe: Recipe, denoiser: Denoiser, folder: Path) -> PreparedData:
+def prepare_data(
+    recipe: Recipe, denoiser: Denoiser, folder: Path, read_by: Vocab | None = None
+) -> PreparedData:
     """Tokenised rows in the run's folder; the first process makes them, all read them.
+
+    `read_by` is the vocabulary of a teacher with another tokenizer, which then reads them, too.
 
     A run that has a checkpoint goes on with the rows it began with, whatever the corpus is now.
     """
     if saved_steps(folder / "checkpoints"):
         return open_prepared(folder / "data")
     if processes.rank() == 0:
-        prepare(recipe.data, denoiser.vocab, folder / "data")
+        prepare(recipe.data, denoiser.vocab, folder / "data", read_by)
     processes.barrier()
-    return prepare(recipe.data, denoiser.vocab, folder / "data")
+    return prepare(recipe.data, denoiser.vocab, folder / "data", read_by)
 
 
 def evaluate(run: Run) -> HeldOut:
@@ -270,25 +236,31 @@ def precision(run: Run) -> torch.autocast:
 
 
 def save(run: Run, step: int) -> None:
-    """A checkpoint after `step` finished steps."""
-    if processes.rank() == 0:
-        keep = run.recipe.train.keep_checkpoints
-        folder = run.folder / "checkpoints"
-        parts = (run.denoiser, run.optimizer, run.average)
-        save_state(folder, step, *parts, data=run.data_identity, keep=keep)
-    processes.barrier()
+    """A checkpoint after `step` finished steps; all processes write it."""
+    save_state(
+        run.folder / "checkpoints",
+        step,
+        run.denoiser,
+        run.optimizer,
+        run.average,
+        data=run.data_identity,
+        keep=run.recipe.train.keep_checkpoints,
+    )
 
 
 def finish(run: Run, outcome: Outcome) -> list[str]:
     """Write final/, the loss curve and the record; returns lines that say where they are."""
     lines = []
+    settings = to_tree(run.recipe)
+    run.denoiser.lineage += (
+        {"step": "train", "recipe": settings, "steps": outcome.steps, "commit": commit()},
+    )
+    with averaged_weights(run):
+        student = merged(run.denoiser)
+        state = whole_state(student.model)
+        if processes.rank() == 0:
+            save_denoiser(student, run.folder / "final", state)
     if processes.rank() == 0:
-        settings = to_tree(run.recipe)
-        run.denoiser.lineage += (
-            {"step": "train", "recipe": settings, "steps": outcome.steps, "commit": commit()},
-        )
-        with averaged_weights(run):
-            save_denoiser(run.denoiser, run.folder / "final")
         record = make_record(
             "train",
             {"loss": loss_meaning(run.recipe.objective, run.recipe.masks), **results_of(outcome)},

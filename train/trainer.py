@@ -27,13 +27,13 @@ from .objective import (
     loss_meaning,
     loss_sums,
     mask_batch,
-    soft_targets,
 )
 from .optimizer import lr_factor
 from .progress import Progress, read_metrics
 from .recipe import Recipe
 from .rows import sample_indices
 from .run import Outcome, Run, evaluate, evaluate_before, finish, precision, save, start
+from .sharding import clip_gradients
 from .state import load_state, saved_steps
 from .targets import Measured
 
@@ -105,7 +105,7 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     own_2 = torch.tensor([[b.denominator, float(b.num_tokens)] for b in batches]).double().sum(0)
     denominator, tokens = processes.total(own_2.to(device)).tolist()
     denominator = max(denominator, 1.0)
-    share = kd_lambda_at(run.recipe.objective, step) if run.teacher else 0.0
+    share = kd_lambda_at(run.recipe.objective, step) if run.ask else 0.0
     mix_2 = torch.tensor([1 - share, share], device=device)
     sums_2, measured = torch.zeros(2, device=device), Measured()
     for index, batch in enumerate(batches):
@@ -117,7 +117,7 @@ def train_step(run: Run, step: int) -> dict[str, float]:
             loss.backward()
         sums_2 += terms_2.detach()
     ce, kd = (processes.total(sums_2) / denominator).tolist()
-    norm = float(nn.utils.clip_grad_norm_(run.denoiser.parameters(), settings.clip or math.inf))
+    norm = clip_gradients(run.denoiser.parameters(), settings.clip)
     if not math.isfinite(ce + kd + norm):
         diverged(run, step, f"ce {ce:g}, kd {kd:g}, gradient norm {norm:g}")
     rate = settings.learning_rate * lr_factor(
@@ -149,12 +149,10 @@ def train_step(run: Run, step: int) -> dict[str, float]:
 def step_terms(run: Run, batch: MaskedBatch, share: float, measured: Measured) -> torch.Tensor:
     """(2,) Σ w CE and Σ w T² KL of one micro-batch on the device; targets are noted in `measured`."""
     objective, targets = run.recipe.objective, None
-    if run.teacher is not None and share > 0:
-        temperature = objective.kd_temperature
-        settings = run.recipe.target
-        targets = soft_targets(run.teacher, batch, settings, temperature, run.denoiser)
+    if run.ask is not None and share > 0:
+        targets = run.ask(batch, run.denoiser)
         measured.add(targets)
-    return loss_sums(run.module, batch, targets, objective)
+    return loss_sums(run.module, batch, targets, objective, run.denoiser.projection)
 
 
 def step_rows(run: Run, step: int) -> list[int]:
@@ -171,7 +169,8 @@ def micro_batches(run: Run, step: int) -> list[MaskedBatch]:
     batches = []
     for first in range(0, len(mine), settings.micro_rows):
         samples = list(mine[first : first + settings.micro_rows])
-        data = run.data.train.batch([rows[sample] for sample in samples])
+        chosen = [rows[sample] for sample in samples]
+        data = run.data.train.batch(chosen)
         batches.append(
             mask_batch(
                 run.recipe.objective,
@@ -182,6 +181,7 @@ def micro_batches(run: Run, step: int) -> list[MaskedBatch]:
                 step=step,
                 samples=samples,
                 samples_per_step=settings.batch_rows,
+                rows=chosen,
             )
         )
     return batches
@@ -222,7 +222,10 @@ def agreed(flag: bool) -> bool:
 
 
 def synchronising(module: nn.Module, *, last: bool) -> contextlib.AbstractContextManager[None]:
-    """Exchange gradients between processes only in the last micro-batch of a step."""
+    """DDP exchanges gradients only in the last micro-batch of a step.
+
+    Sharded ones are exchanged in each: to wait, every process would need room for all of them.
+    """
     if isinstance(module, DistributedDataParallel) and not last:
         return module.no_sync()
     return contextlib.nullcontext()
