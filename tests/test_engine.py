@@ -511,6 +511,7 @@ def test_a_listener_that_is_gone_stops_its_request_only(small):
         raise RuntimeError("Event loop is closed")
 
     first.job.listener = gone
+    gate.wait()  # then it does not wait in the queue, which has one place
     other = ask(small, hole([2], 2))
     gate.open()
     other.texts()

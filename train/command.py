@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -27,6 +28,12 @@ import click
 @click.option(
     "--dry-run", is_flag=True, help="Print what would be done: parameters, tokens, memory."
 )
+@click.option(
+    "--processes",
+    "world_size",
+    type=click.IntRange(min=1),
+    help="With --dry-run: processes to share the work.  [default: those of torchrun, or 1]",
+)
 @click.option("--list", "list_recipes", is_flag=True, help="List the recipes that come with mdm.")
 @click.option(
     "--settings", "show_settings", is_flag=True, help="Explain every setting of a recipe."
@@ -39,6 +46,7 @@ def train(
     resume: Path | None,
     overwrite: bool,
     dry_run: bool,
+    world_size: int | None,
     list_recipes: bool,
     show_settings: bool,
 ) -> None:
@@ -50,7 +58,7 @@ def train(
     \b
     mdm train                                           the demo recipe
     mdm train --recipe suffix --set train.steps=50 --name try
-    mdm train --recipe mine.yaml --dry-run
+    mdm train --recipe mine.yaml --dry-run --processes 8
     mdm train --resume runs/try
     """
     from mdm.errors import ConfigError
@@ -69,15 +77,23 @@ def train(
             "--resume continues a run as it was; --recipe, --set, --name and --overwrite do not go"
             " with it"
         )
+    if world_size is not None and not dry_run:
+        raise ConfigError(
+            "--processes goes with --dry-run; to train with several, start them by"
+            f" `torchrun --nproc-per-node {world_size} -m mdm.cli train …`"
+        )
     if dry_run:
         from .estimate import describe
+
+        world_size = world_size or int(os.environ.get("WORLD_SIZE", "1"))
 
         if resume is not None:
             from .run import read_run
 
-            click.echo(describe(read_run(resume)))
+            click.echo(describe(read_run(resume), world_size))
         else:
-            click.echo(describe(named(read_recipe(recipe or DEFAULT_RECIPE, assignments), name)))
+            settings = named(read_recipe(recipe or DEFAULT_RECIPE, assignments), name)
+            click.echo(describe(settings, world_size))
         return
     from .run import new_run, read_run
     from .trainer import train as run_training

@@ -101,7 +101,7 @@ class TrainSettings:
     gradient_checkpointing: bool = False
     sharding: str = "none"
     lora_rank: int = 0
-    lora_alpha: float = 0.0
+    lora_alpha: int = 0
     seed: int = 0
     eval_every: int = 0
     eval_rows: int = 64
