@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mdm.checkpoint import load_tokenizer, load_vocab
+from mdm.checkpoint import load_tokenizer, load_vocab, quiet
 from mdm.config import build, require
 from mdm.errors import check_known
 from mdm.record import append_record, make_record
@@ -198,7 +198,8 @@ def make_teacher(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    model.eval().save_pretrained(folder)
+    with quiet():
+        model.eval().save_pretrained(folder)
     nats = held_out_nats(teacher, data.held_out)
     return {
         "tokens": len(tokenizer),

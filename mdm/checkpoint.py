@@ -67,7 +67,7 @@ def load_ar(
         raise CheckpointError(f"{source} has no config.json, so it is not a model folder")
     quantised = _quantised(source, quantization, dtype, device, is_gguf=bool(options))
     tokenizer = load_tokenizer(source)
-    with _readable(source), _quiet():
+    with _readable(source), quiet():
         if options:  # dequantised, or the model could be neither trained nor saved
             options = {**options, "quantization_config": GgufConfig(dequantize=True)}
         model, loading = AutoModelForCausalLM.from_pretrained(
@@ -117,7 +117,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     # Of a denoiser just what was saved: for some architectures AutoTokenizer builds another one.
     ours = (Path(place) / SETTINGS_FILE).is_file()
     kind = PreTrainedTokenizerFast if ours else AutoTokenizer
-    with _readable(source), _quiet():
+    with _readable(source), quiet():
         return kind.from_pretrained(place, trust_remote_code=False, **options)
 
 
@@ -126,7 +126,7 @@ def load_config(source: str) -> PretrainedConfig:
     from transformers import AutoConfig
 
     place, options = _resolve(source)
-    with _readable(source), _quiet():
+    with _readable(source), quiet():
         return AutoConfig.from_pretrained(place, trust_remote_code=False, **options)
 
 
@@ -212,7 +212,7 @@ def save_denoiser(
         "end_token": vocab.token(vocab.eos_id),
         "lineage": list(denoiser.lineage),
     }
-    with replacing(path) as folder, _quiet():
+    with replacing(path) as folder, quiet():
         denoiser.model.save_pretrained(folder, state_dict=state)
         vocab.tokenizer.save_pretrained(folder)
         text = json.dumps(settings, indent=2, ensure_ascii=False)
@@ -276,7 +276,7 @@ def _fill_embedded_cache() -> None:
     if (folder / "config.json").is_file():
         return
     model, tokenizer = load_ar(str(_embedded_file()))
-    with contextlib.suppress(CheckpointError), replacing(folder) as draft, _quiet():
+    with contextlib.suppress(CheckpointError), replacing(folder) as draft, quiet():
         model.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
 
@@ -381,7 +381,7 @@ def _require_complete(source: str, loading: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence the progress bars and notices of `transformers` while it loads or saves.
 
     What matters among them (missing weights, say) is checked by us and raised.

@@ -24,8 +24,8 @@ from .checkpoint import (
 )
 from .config import require
 from .denoiser import Denoiser
-from .errors import ConfigError, VocabError
-from .new_tokens import give_tokens
+from .errors import CheckpointError, ConfigError, VocabError
+from .new_tokens import give_tokens, set_tokens
 from .vocab import Vocab, read_vocab
 
 if TYPE_CHECKING:
@@ -79,14 +79,21 @@ def convert(settings: StudentSettings) -> Denoiser:
             f"{settings.init} is a student already; train it further with student.init, or convert"
             " the AR model it came from"
         )
-    tokenizer = load_tokenizer(settings.tokenizer or settings.init)
+    try:
+        tokenizer = load_tokenizer(settings.tokenizer or settings.init)
+    except CheckpointError as error:
+        if settings.tokenizer is None:
+            raise
+        raise CheckpointError(f"student.tokenizer is no tokenizer: {error}") from error
     vocab = read_vocab(
         tokenizer, start_token=settings.start_token, end_token=settings.end_token
     ).with_mask(settings.mask_token)
-    build = random_student if settings.random else initialised_student
-    student = build(settings)
-    if settings.tokenizer is not None:
-        give_tokens(student, read_vocab(load_tokenizer(settings.init)), vocab)
+    if settings.random:
+        student = random_student(settings, vocab)
+    else:
+        student = initialised_student(settings)
+        if settings.tokenizer is not None:
+            give_tokens(student, read_vocab(load_tokenizer(settings.init)), vocab)
     make_bidirectional(student)
     add_mask_row(student, vocab)
     place = None if settings.random else source_path(settings.init)
@@ -114,12 +121,15 @@ def initialised_student(settings: StudentSettings) -> PreTrainedModel:
     return student
 
 
-def random_student(settings: StudentSettings) -> PreTrainedModel:
-    """Random weights in the shape of the config; the folder needs no weights."""
+def random_student(settings: StudentSettings, vocab: Vocab) -> PreTrainedModel:
+    """Random weights in the shape of the config; the folder needs no weights, and no tokenizer if
+    there is another."""
     from transformers import AutoModelForCausalLM
 
     source = load_config(settings.init)
     config = student_config(source, layers=settings.layers, width=settings.width)
+    if settings.tokenizer is not None:
+        set_tokens(config, vocab)
     torch.manual_seed(settings.seed)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 

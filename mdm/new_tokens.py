@@ -8,10 +8,11 @@ Shapes: V old tokens, W new ones, D width.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .errors import VocabError
 from .token_bytes import token_bytes
 from .vocab import Vocab
 
@@ -23,14 +24,16 @@ if TYPE_CHECKING:
 def give_tokens(model: PreTrainedModel, old: Vocab, new: Vocab) -> None:
     """Replace the rows of embedding and head, in place; the head has as many rows as `new` tokens.
 
-    The mask token of `new` is left out if it is the last: convert.py adds its row.
+    The mask token of `new` is left out if it is the last: convert.py adds its row. Raises VocabError if
+    the ids of `new` have gaps.
     """
-    words = len(new) - 1 if new.mask_id == len(new) - 1 else len(new)
-    spelling = spelt(old, new)[:words]
+    words = num_words(new)
     tables = {
         "input": model.get_input_embeddings().weight,
         "output": model.get_output_embeddings().weight,
     }
+    known = len(tables["input"])  # a tokenizer may have more tokens than the model has rows
+    spelling = [[i for i in ids if i < known] for ids in spelt(old, new)[:words]]
     tied = tables["input"] is tables["output"]
     rows = {
         name: _means(table_VD[: len(old)], spelling)
@@ -41,9 +44,27 @@ def give_tokens(model: PreTrainedModel, old: Vocab, new: Vocab) -> None:
     model.get_input_embeddings().weight.copy_(rows["input"])
     if not tied:
         model.get_output_embeddings().weight.copy_(rows["output"])
-    for config in (model.config, model.config.get_text_config()):
-        config.bos_token_id, config.eos_token_id = new.start_id, new.eos_id
-        config.pad_token_id = None
+    for config in (model.config, model.generation_config):
+        if config is not None:
+            set_tokens(config, new)
+
+
+def set_tokens(config: Any, vocab: Vocab) -> None:
+    """Number of tokens (without a mask at the end, whose row convert.py adds) and special ids."""
+    for one in (config, getattr(config, "get_text_config", lambda: config)()):
+        if hasattr(one, "vocab_size"):
+            one.vocab_size = num_words(vocab)
+        one.bos_token_id, one.eos_token_id, one.pad_token_id = vocab.start_id, vocab.eos_id, None
+
+
+def num_words(vocab: Vocab) -> int:
+    """Tokens without a mask token at the end. Raises VocabError if the ids have gaps."""
+    highest = max(vocab.tokenizer.get_vocab().values())
+    if highest >= len(vocab):
+        raise VocabError(
+            f"the new tokenizer has {len(vocab)} tokens but ids up to {highest}: ids must have no gaps"
+        )
+    return len(vocab) - 1 if vocab.mask_id == len(vocab) - 1 else len(vocab)
 
 
 def spelt(old: Vocab, new: Vocab) -> list[list[int]]:

@@ -40,7 +40,8 @@ def test_prompts_need_no_response():
     user = {"role": "user", "content": "hi"}
     assert prompt_of_row({"messages": [user]}, "o").prompt == (user,)
     answered = [user, {"role": "assistant", "content": "ho"}, user]
-    assert prompt_of_row({"messages": answered}, "o").prompt == (user,)
+    assert prompt_of_row({"messages": answered}, "o").prompt == tuple(answered)
+    assert prompt_of_row({"messages": answered[:2]}, "o").prompt == (user,)
     assert prompt_of_row({"text": ""}, "o") == Document("", "o")
     with pytest.raises(DataError, match="expected `text`"):
         prompt_of_row({"code": "x"}, "o")

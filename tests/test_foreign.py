@@ -1,22 +1,26 @@
 """Teachers with another tokenizer in training: states by their definition, a run, what is refused."""
 
+import dataclasses
+
 import pytest
 import tiny
 import torch
 from test_mapped import STUDENT_WORDS, TEACHER_WORDS, TEXTS, read, teacher_of, vocab_of
 from tiny_run import ar_folder, corpus_folder, recipe, tiny_denoiser
 
-from mdm.errors import ConfigError
+from mdm.errors import ConfigError, DataError, VocabError
 from mdm.token_bytes import encode_with_ends
 from mdm.train.losses import DISTANCES
 from mdm.train.progress import read_metrics
 from mdm.train.run import new_run, start
 from mdm.train.supervision import require_reading_room
 from mdm.train.targets import StateTargets
-from mdm.train.teachers.ar import ARTeacher
+from mdm.train.teachers.ar import ARTeacher, load_foreign
 from mdm.train.teachers.embedding import states
 from mdm.train.teachers.foreign import projection
+from mdm.train.teachers.mapped import make_mapping
 from mdm.train.trainer import micro_batches, train, train_step
+from mdm.vocab import read_vocab
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +93,7 @@ def test_a_run(folders, tmp_path, kind):
 
 
 def test_micro_batches_and_the_loss_by_hand(folders, tmp_path):
-    """The distillation term is Σ w d / D over the positions that have an answer."""
+    """The distillation term is Σ w d / D, and the hard target stands in where there is no answer."""
     chosen = settings(folders, "embedding", objective={"distance": "l2"})
     run = start(chosen, new_run(chosen, tmp_path / "one"))
     (batch,) = micro_batches(run, 0)
@@ -101,8 +105,12 @@ def test_micro_batches_and_the_loss_by_hand(folders, tmp_path):
             batch.xt_BL, batch.masked_BL, document_ids_BL=batch.document_ids_BL
         )
         distance_N = DISTANCES["l2"](run.denoiser.projection(rows_ND), targets.states_NC)
-    weight_N = batch.kd_weight_BL[batch.masked_BL] * targets.answered_N
-    expected = float((weight_N * distance_N).sum() / batch.denominator)
+        ce_N = torch.nn.functional.cross_entropy(
+            run.denoiser.head(rows_ND), batch.x0_BL[batch.masked_BL], reduction="none"
+        )
+    apart_N = torch.where(targets.answered_N, distance_N, ce_N)
+    weight_N = batch.kd_weight_BL[batch.masked_BL]
+    expected = float((weight_N * apart_N).sum() / batch.denominator)
     run.denoiser.train()
     assert train_step(run, 0)["kd"] == pytest.approx(expected, rel=1e-5)
     again = settings(folders, "embedding", objective={"distance": "l2"}, train={"micro_rows": 2})
@@ -148,12 +156,66 @@ def test_a_shared_tokenizer_is_no_special_case(folders, tmp_path):
     )
 
 
+def test_a_teacher_with_too_short_a_context(folders, tmp_path):
+    ar, _, corpus = folders
+    vocab = vocab_of(())
+    tiny.tiny_model("llama", len(vocab), max_position_embeddings=16).save_pretrained(tmp_path / "t")
+    vocab.tokenizer.save_pretrained(tmp_path / "t")
+    chosen = recipe(
+        ar,
+        corpus,
+        target={"kind": "mapped"},
+        teacher={"model": str(tmp_path / "t"), "dtype": "fp32"},
+    )
+    with pytest.raises(ConfigError, match=r"tokens for the teacher, but .* at most 16; lower"):
+        start(chosen, new_run(chosen, tmp_path / "runs"))
+
+
+def test_a_resumed_run_wants_the_tokenizer_it_was_read_with(folders, tmp_path):
+    chosen = settings(folders, "mapped", train={"steps": 4, "checkpoint_every": 2})
+    folder = new_run(chosen, tmp_path)
+    train(chosen, folder)
+    ar = folders[0]
+    other = dataclasses.replace(
+        chosen, teacher=dataclasses.replace(chosen.teacher, model=ar), name="other"
+    )
+    with pytest.raises(DataError, match=r"read by a teacher with another tokenizer than .*ar"):
+        start(other, folder)
+
+
+def test_tokenizers_that_spell_nothing(tmp_path):
+    words = read_vocab(tiny.word_tokenizer()).with_mask(None)
+    spelling = vocab_of(())
+    with pytest.raises(
+        VocabError, match=r"tokens of the teacher do not say .*target.kind=embedding"
+    ):
+        make_mapping(teacher_of(words), spelling)
+    with pytest.raises(VocabError, match=r"tokens of the student do not say"):
+        make_mapping(teacher_of(spelling), words)
+
+
+def test_a_model_with_fewer_rows_than_words(tmp_path):
+    vocab = vocab_of(TEACHER_WORDS)
+    tiny.tiny_model("llama", 260).save_pretrained(tmp_path)
+    vocab.tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(VocabError, match=r"words beyond the 260 that its model can write"):
+        load_foreign(str(tmp_path), dtype=torch.float32)
+
+
 def test_what_is_refused(folders, tmp_path):
     ar, _, corpus = folders
     with pytest.raises(ConfigError, match=r"target.infill=psm with target.kind=mapped"):
         settings(folders, "mapped", target={"infill": "psm"})
     with pytest.raises(ConfigError, match=r"distance.*did you mean 'cosine'"):
         recipe(ar, corpus, objective={"distance": "cosin"})
+    for name, value in (("divergence", "jsd"), ("kd_temperature", 2.0), ("tail", "partial")):
+        with pytest.raises(ConfigError, match=rf"objective.{name}=.* means nothing .*distance"):
+            settings(folders, "embedding", objective={name: value})
+    with pytest.raises(ConfigError, match=r"objective.distance=l2 means nothing .* distributions"):
+        settings(folders, "mapped", objective={"distance": "l2"})
+    with pytest.raises(ConfigError, match=r"set objective.tail=renormalise"):
+        settings(folders, "mapped", objective={"divergence": "reverse_kl"})
+    settings(folders, "mapped", objective={"divergence": "reverse_kl", "tail": "renormalise"})
     capped = ARTeacher(tiny.tiny_model("llama", 5), 5, plain_head=False)
     with pytest.raises(ConfigError, match="but the teacher scales or caps its logits; set"):
         projection(tiny_denoiser(ar), capped)

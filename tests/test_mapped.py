@@ -70,7 +70,9 @@ def read(folder, student, teacher_vocab, texts=TEXTS, length=200, packing=True, 
         ((tokens, student_ends),) = encode_with_ends(student, [text])
         ((other, ends),) = encode_with_ends(teacher_vocab, [text])
         context = [teacher_vocab.start_id, *(prompt or [])]
-        reading = Reading(context, torch.tensor(other).numpy(), ends, student_ends)
+        reading = Reading(
+            context, torch.tensor(other).numpy(), ends, student_ends, teacher_vocab.eos_id
+        )
         rows += packer.add(tokens, student.encode("p") if prompt else None, reading=reading)
     rows += packer.finish()
     writer = ReadingWriter(folder, length)
@@ -100,14 +102,19 @@ def encode_first(student, value):
 
 
 def slow(teacher, student, text, position):
-    """{student token: probability} at a position of a text, by the definition, with one full forward for
-    every token of the teacher and no tensors."""
+    """({student token: probability}, lost) at a position of a text (None: behind it), by the definition,
+    with one full forward for every token of the teacher."""
     table = token_bytes(teacher.vocab)
     ((theirs, ends),) = encode_with_ends(teacher.vocab, [text])
     ((_, own_ends),) = encode_with_ends(student, [text])
-    low = int(own_ends[position - 1]) if position else 0
-    high = int(own_ends[position])
-    first = next(j for j, end in enumerate(ends) if end > low)
+    if position is None:
+        low = high = int(own_ends[-1])
+        theirs, ends = [*theirs, teacher.vocab.eos_id], [*ends.tolist(), high]
+        first = len(theirs) - 1
+    else:
+        low = int(own_ends[position - 1]) if position else 0
+        high = int(own_ends[position])
+        first = next(j for j, end in enumerate(ends) if end > low)
     start = int(ends[first - 1]) if first else 0
     before = text.encode()[start:low]
     result: dict[int, float] = {}
@@ -202,8 +209,14 @@ def test_equal_to_the_definition(tmp_path, family, student_words, teacher_words)
             for token in value.keys() | expected.keys():
                 assert value.get(token, 0.0) == pytest.approx(expected.get(token, 0.0), abs=2e-6)
             compared += 1
-        assert not next(answered)  # the end of the text is no text
-        next(found), next(lost)
+        # Behind the text: how it goes on without its end, and that it ends.
+        value, lost_mass = next(found), next(lost)
+        assert next(answered)
+        expected, expected_lost = slow(teacher, student, text, None)
+        assert lost_mass == pytest.approx(expected_lost, abs=1e-6)
+        assert value[student.eos_id] == pytest.approx(expected[student.eos_id], abs=2e-6)
+        for token in value.keys() | expected.keys():
+            assert value.get(token, 0.0) == pytest.approx(expected.get(token, 0.0), abs=2e-6)
     assert compared > 60
 
 
@@ -362,7 +375,7 @@ def test_tokens_that_are_not_the_bytes_of_the_text_are_not_answered(tmp_path):
     answered = ask(teacher, student, rows).answered_N.tolist()
     spelt = token_bytes(student)
     plain = [bytes(spelt[i]).isascii() for i in student.encode(text)]
-    assert answered == [*plain, False]
+    assert answered == [*plain, True]
     assert 3 < sum(plain) < len(plain)
 
 

@@ -1,10 +1,14 @@
 """A model with another tokenizer: its rows, and that it is a student like any other."""
 
+import json
+
 import pytest
 import tiny
 import torch
 from test_mapped import STUDENT_WORDS, vocab_of
 from tiny_run import ar_folder, corpus_folder, recipe
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from mdm.checkpoint import load_denoiser, save_denoiser
 from mdm.convert import StudentSettings, convert
@@ -77,6 +81,37 @@ def test_a_student_with_a_new_tokenizer(tmp_path, tokenizer_folder, random):
     torch.testing.assert_close(again(x_BL, wanted_BL), student(x_BL, wanted_BL))
     assert again.model.config.vocab_size == len(student.vocab)
     assert student.lineage[0]["tokenizer"] == tokenizer_folder
+
+
+def test_random_weights_need_no_tokenizer_of_the_source(tmp_path, tokenizer_folder):
+    """And are random: no means of random rows."""
+    tiny.tiny_config("llama", 300).save_pretrained(tmp_path / "config")
+    chosen = StudentSettings(init=str(tmp_path / "config"), tokenizer=tokenizer_folder, random=True)
+    student = convert(chosen)
+    rows_VD = student.model.get_input_embeddings().weight
+    assert len(rows_VD) == len(student.vocab)
+    norms_V = rows_VD[:-1].detach().norm(dim=1)
+    assert float(norms_V.min()) > 0.4 * float(norms_V.max())
+
+
+def test_special_ids_follow_the_tokenizer(tmp_path, tokenizer_folder):
+    student = convert(StudentSettings(init=ar_folder(tmp_path / "ar"), tokenizer=tokenizer_folder))
+    for config in (student.model.config, student.model.generation_config):
+        ids = (config.bos_token_id, config.eos_token_id)
+        assert ids == (student.vocab.start_id, student.vocab.eos_id)
+
+
+def test_ids_with_gaps_are_refused():
+    vocab = vocab_of(())
+    backend = json.loads(vocab.tokenizer.backend_tokenizer.to_str())
+    backend["model"]["vocab"]["zz"] = 400
+    gap = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(backend)),
+        bos_token=tiny.START,
+        eos_token=tiny.END,
+    )
+    with pytest.raises(VocabError, match=r"ids up to 400: ids must have no gaps"):
+        give_tokens(tiny.tiny_model("llama", 300), vocab, read_vocab(gap))
 
 
 def test_training_with_it(tmp_path, tokenizer_folder):

@@ -21,7 +21,7 @@ LONG = vocab_of((" in range", "return a", "print(i)"))  # tokens that rows of ni
 def reading_of(text, student=STUDENT, teacher=TEACHER, context=(256,)):
     ((tokens, ends),) = encode_with_ends(teacher, [text])
     ((_, student_ends),) = encode_with_ends(student, [text])
-    return Reading(context, np.array(tokens), ends, student_ends)
+    return Reading(context, np.array(tokens), ends, student_ends, teacher.eos_id)
 
 
 @pytest.mark.parametrize("length", [12, 17, 30, 200])
@@ -56,7 +56,9 @@ def test_the_bytes_of_every_token_are_where_it_says(tmp_path, length):
                 seen += 1
     no_text_BM = (rows.reading.document_ids_BM >= 0) & (rows.reading.starts_BM < 0)
     segments = int((rows.document_ids_BL.amax(1) + 1).sum())
-    assert int(no_text_BM.sum()) == segments  # start tokens, and no token of another row
+    ends = int((rows.tokens_BL == STUDENT.eos_id)[rows.maskable_BL].sum())
+    assert ends == len(TEXTS)
+    assert int(no_text_BM.sum()) == segments + ends  # start and end, and no token of another row
     assert bool((rows.reading.starts_BM[no_text_BM] == -1).all())
     if length == 200:
         assert seen == sum(len(TEACHER.encode(text)) for text in TEXTS)
@@ -77,6 +79,29 @@ def test_start_prompt_and_end_are_no_text(tmp_path):
     assert rows.tokens_BL[0, learnt + 1] == STUDENT.eos_id
 
 
+def test_tokens_without_bytes_go_with_what_is_before_them():
+    """[4, 4, 6] cut at byte 4: the second token is in the first piece alone."""
+    reading = Reading([9], np.array([1, 2, 3, 4]), np.array([4, 4, 4, 6]), np.array([4, 6]), 8)
+    assert reading.piece(0, 1).tokens.tolist() == [9, 1, 2, 3]
+    assert reading.piece(1, 3).tokens.tolist() == [9, 4, 8]
+    assert reading.piece(1, 3).starts.tolist() == [-1, 0, -1]
+    opened = Reading([9], np.array([1, 2, 3]), np.array([0, 5, 6]), np.array([2, 6]), 8)
+    assert opened.piece(0, 1).tokens.tolist() == [9, 1]  # token 2 reaches over the edge
+    assert opened.piece(1, 2).tokens.tolist() == [9, 3]
+    assert opened.piece(1, 2).starts.tolist() == [-1, 3]
+
+
+def test_a_drawn_text_is_read_as_it_was_drawn(tmp_path):
+    """The reader's own sample: not encoded again."""
+    student, drawn = read_vocab(tiny.byte_tokenizer()).with_mask(None), [*b"return"]
+    assert TEACHER.encode("return") != drawn
+    source = tmp_path / "rows.jsonl"
+    source.write_text(json.dumps({"prompt": "x", "response": "return", "token_ids": drawn}))
+    settings = DataSettings(sources=(str(source),), length=48, held_out_fraction=0)
+    data = prepare(settings, student, tmp_path / "data", TEACHER)
+    assert data.readings.batch([0]).tokens_BM[0, -7:].tolist() == [*drawn, TEACHER.eos_id]
+
+
 def test_padding_of_a_batch(tmp_path):
     folder = tmp_path / "r"
     writer = ReadingWriter(folder, 40)
@@ -86,12 +111,12 @@ def test_padding_of_a_batch(tmp_path):
     writer.append([])
     writer.close()
     batch = Readings(folder).batch([1, 0, 2, 3])
-    sizes = [len(TEACHER.encode("for i in range(10): print(i)")) + 1, 3, 1, 0]
+    sizes = [len(TEACHER.encode("for i in range(10): print(i)")) + 2, 4, 2, 0]
     assert (batch.document_ids_BM >= 0).sum(1).tolist() == sizes
     assert batch.tokens_BM.shape[1] == max(sizes)
     assert bool((batch.tokens_BM[batch.document_ids_BM < 0] == 0).all())
     again = Readings(folder).batch([0])
-    assert again.tokens_BM.tolist() == [[256, *TEACHER.encode("return")]]
+    assert again.tokens_BM.tolist() == [[256, *TEACHER.encode("return"), TEACHER.eos_id]]
     assert writer.longest == max(sizes)
 
 
@@ -165,8 +190,13 @@ def test_prompts_and_chats_as_prepared(tmp_path):
     assert len(data.train) == len(data.readings) == 2
     batch = data.readings.batch([0, 1])
     expected = [
-        [reader.start_id, *reader.encode("def add(a, b):"), *reader.encode(" return a")],
-        [*reader.encode_chat(chat[:1]), *reader.encode("return a + b")],
+        [
+            reader.start_id,
+            *reader.encode("def add(a, b):"),
+            *reader.encode(" return a"),
+            reader.eos_id,
+        ],
+        [*reader.encode_chat(chat[:1]), *reader.encode("return a + b"), reader.eos_id],
     ]
     assert expected[1][0] == reader.start_id
     for row, tokens in enumerate(expected):

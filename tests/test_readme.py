@@ -29,6 +29,7 @@ SMALL = [
     "teacher.dtype=fp32",
     "data.held_out_fraction=0.3",
 ]
+TINY = ["student.init=path/to/model", "teacher.model=path/to/model", "data.sources=[path/to/code]"]
 
 
 def commands() -> list[list[str]]:
@@ -60,7 +61,7 @@ def curls() -> list[tuple[str, str]]:
 def test_every_command_is_found():
     names = [command[1] for command in commands() if command[0] == "mdm"]
     assert names.count("generate") == 2
-    assert names.count("train") == 7
+    assert names.count("train") == 9
     assert names.count("eval") == 3
     assert set(names) | {"demo"} == set(COMMANDS)
     prompts = [command[2] for command in commands() if command[1] == "generate"]
@@ -109,6 +110,8 @@ def shrink(command: list[str]) -> list[str]:
         arguments += ["--limit", "1", "--gen-length", "4"]
         if "embedded" in arguments:
             arguments[arguments.index("embedded")] = "path/to/model"
+    if "cache-targets" in arguments:  # the embedded teacher is for `make demo`
+        arguments += [word for s in (*SMALL, *TINY) for word in ("--set", s)]
     if name == "train" and "student.init=students/half" in arguments:
         arguments += [word for setting in SMALL for word in ("--set", setting)]
     elif name == "train" and not {"--list", "--settings", "--resume", "--dry-run"} & {*arguments}:
@@ -116,7 +119,7 @@ def shrink(command: list[str]) -> list[str]:
     return [name, *arguments]
 
 
-ELSEWHERE = ("serve", "targets", "suffix", "study", "cache")
+ELSEWHERE = ("serve", "targets", "suffix", "study", "cache", "tokenizers")
 
 
 def test_the_commands_run(place, capsys):
@@ -135,6 +138,9 @@ def test_the_commands_run(place, capsys):
         half_done |= "half" in arguments
     assert half_done
     assert (place / "runs/half/final/model.safetensors").is_file()
+    assert (place / "runs/left-targets/cache.json").is_file()
+    assert '"token_ids"' in (place / "samples.jsonl").read_text(encoding="utf-8")
+    assert (place / "tokenizer/tokenizer.json").is_file()
     output = capsys.readouterr().out
     assert "def add(a, b):\n    total = " in output
     assert '"finish_reason"' in output

@@ -55,6 +55,8 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(DataError, match="no text"):
         train_tokenizer([], 300, tmp_path / "t")
     assert not (tmp_path / "t").exists()
-    (tmp_path / "mine").mkdir()
-    with pytest.raises(ConfigError, match="holds no tokenizer, so it is kept"):
+    train_tokenizer([CODE], 300, tmp_path / "mine")
+    (tmp_path / "mine" / "model.safetensors").write_bytes(b"mine")
+    with pytest.raises(ConfigError, match=r"other things than a tokenizer \(model.safetensors\)"):
         train_tokenizer([CODE], 300, tmp_path / "mine")
+    assert (tmp_path / "mine" / "model.safetensors").read_bytes() == b"mine"

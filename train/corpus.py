@@ -15,7 +15,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -64,7 +64,7 @@ def open_source(name: str, extensions: tuple[str, ...], max_file_kib: int) -> So
 def open_prompts(name: str, extensions: tuple[str, ...], max_file_kib: int) -> Source:
     """As open_source, for documents that a teacher is to continue."""
     source = open_source(name, extensions, max_file_kib)
-    return PromptFile(source.path) if isinstance(source, RowFile) else source
+    return replace(source, prompts=True) if isinstance(source, RowFile | HubRows) else source
 
 
 def read_in_turn(sources: Sequence[Source], skips: Skips) -> Iterator[Document]:
@@ -102,19 +102,19 @@ class RowFile:
     """JSON rows: one a line (`.jsonl`, `.jsonl.gz`), or one list (`.json`)."""
 
     path: Path
+    prompts: bool = False
 
     def documents(self, skips: Skips) -> Iterator[Document]:
-        """One document a row; blank lines are ignored, empty texts counted."""
-        for origin, row in self.rows():
-            document = document_of_row(row, origin)
-            if document.text.strip():
+        """One document a row; blank lines are ignored, empty texts counted.
+
+        With `prompts` a row needs no response, and an empty text is a document, too.
+        """
+        for origin, row in self._list() if self.path.suffix == ".json" else self._lines():
+            document = prompt_of_row(row, origin) if self.prompts else document_of_row(row, origin)
+            if self.prompts or document.text.strip():
                 yield document
             else:
                 skips.add("empty", origin)
-
-    def rows(self) -> Iterator[tuple[str, Any]]:
-        """(where it is, row) one after the other."""
-        return self._list() if self.path.suffix == ".json" else self._lines()
 
     def state(self) -> str:
         """Size and time of the last write."""
@@ -144,29 +144,23 @@ class RowFile:
 
 
 @dataclass(frozen=True)
-class PromptFile(RowFile):
-    """JSON rows that are prompts: they need no response, and a plain text may be empty."""
-
-    def documents(self, skips: Skips) -> Iterator[Document]:
-        """One document a row."""
-        for origin, row in self.rows():
-            yield prompt_of_row(row, origin)
-
-
-@dataclass(frozen=True)
 class HubRows:
     """A dataset of the Hugging Face hub, streamed. Its rows have the form of `RowFile`'s."""
 
     name: str
     split: str
     column: str | None
+    prompts: bool = field(default=False, repr=False)
 
     def documents(self, skips: Skips) -> Iterator[Document]:
         """One document a row, in the dataset's order."""
         for number, row in enumerate(self._rows(), start=1):
             origin = f"{HUB}{self.name}:{self.split} row {number}"
-            document = document_of_row(row, origin, self.column)
-            if document.text.strip():
+            if self.prompts and self.column is None:
+                document = prompt_of_row(row, origin)
+            else:
+                document = document_of_row(row, origin, self.column)
+            if self.prompts or document.text.strip():
                 yield document
             else:
                 skips.add("empty", origin)

@@ -134,7 +134,7 @@ def _made_from(
     settings: DataSettings, vocab: Vocab, sources: list[Source], reader: Vocab | None
 ) -> dict[str, Any]:
     """Everything the rows depend on, as plain JSON values."""
-    second = {} if reader is None else {"reader": _identity(reader)}
+    second = {} if reader is None else {"reader": reader_identity(reader)}
     state = hashlib.sha256(repr([source.state() for source in sources]).encode())
     return {
         "format": _FORMAT,
@@ -142,6 +142,15 @@ def _made_from(
         "vocab": _identity(vocab),
         "sources_state": state.hexdigest(),
         **second,
+    }
+
+
+def reader_identity(reader: Vocab) -> dict[str, Any]:
+    """What the readings depend on: the tokens, and how chats are put to the teacher."""
+    template = str(reader.tokenizer.chat_template)
+    return {
+        **_identity(reader),
+        "chat_template": hashlib.sha256(template.encode()).hexdigest()[:16],
     }
 
 

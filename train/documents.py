@@ -115,10 +115,10 @@ def document_of_row(row: object, origin: str, column: str | None = None) -> Docu
 
 
 def prompt_of_row(row: object, origin: str) -> Document:
-    """As document_of_row, but a prompt needs no response, and a chat no assistant's turn."""
+    """As document_of_row, but a prompt needs no response, and a chat may end with another's turn."""
     if isinstance(row, Mapping):
         turns = row.get("messages")
-        if isinstance(turns, list) and not any(_is_answer(turn) for turn in turns):
+        if isinstance(turns, list) and turns and not _is_answer(turns[-1]):
             row = {**row, "messages": [*turns, {"role": "assistant", "content": ""}]}
         elif "prompt" in row and "messages" not in row:
             row = {"response": "", **row}

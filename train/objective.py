@@ -2,6 +2,7 @@
 
     loss = (1 - λ) · Σ w_i CE_i / D  +  λ · T² · Σ w_i h_i KL_i / D          (λ = kd_lambda · ramp)
 
+KL_i is CE_i where the teacher has no counterpart of the position (a teacher with another tokenizer).
 w_i is the weight of the noise level, the same for both terms, and D the global denominator of the
 whole step, so that the result does not depend on micro-batches or processes. h_i corrects for a
 chosen subset: with k of a row's m masked positions distilled, each counts m / k times.
@@ -335,8 +336,7 @@ def loss_sums(
     inputs: tuple[torch.Tensor, ...] = (ids_N, ce_weight_N)
     if targets is not None:
         spread = partial(_rows_at, batch.distilled_BL[masked_BL])
-        kd_weight_N = kd_weight_N * spread(targets.answered_N)
-        inputs += (kd_weight_N, *(spread(tensor) for tensor in targets.tensors))
+        inputs += (kd_weight_N, *map(spread, (targets.answered_N, *targets.tensors)))
     apart = _apart(targets, settings, projection)
 
     def score(
@@ -346,10 +346,11 @@ def loss_sums(
         ce_n = cross_entropy(logits_nV, ids_n, label_smoothing=settings.label_smoothing)
         kl_n = torch.zeros_like(ce_n)
         if kd:
-            kd_weight_n, *wanted = kd
-            on_n = kd_weight_n > 0
+            kd_weight_n, answered_n, *wanted = kd
+            on_n = (kd_weight_n > 0) & answered_n
             apart_n = apart(logits_nV[on_n], states_nD[on_n], *(tensor[on_n] for tensor in wanted))
-            kl_n = kl_n.masked_scatter(on_n, kd_weight_n[on_n] * apart_n)
+            # Without an answer the text's own token is the target.
+            kl_n = kd_weight_n * ce_n.masked_scatter(on_n, apart_n)
         return torch.stack([ce_weight_n * ce_n, kl_n], dim=-1)
 
     scored_N2 = denoiser(
@@ -398,7 +399,8 @@ def check_objective(objective: ObjectiveSettings, target: TargetSettings) -> Non
     """Settings that are each right but do not fit together: raise ConfigError."""
     check_known("target.kind", target.kind, (*TARGETS, *FOREIGN))
     if objective.kd_lambda > 0:
-        truncated = target.kind not in ("left", "mapped") or target.top_p < 1
+        # `mapped` leaves a single token where only one can go on, with nothing outside.
+        truncated = target.kind != "left" or target.top_p < 1
         if target.kind in FOREIGN and target.infill:
             raise ConfigError(
                 f"target.infill={target.infill} with target.kind={target.kind}: a teacher with another"
@@ -406,7 +408,24 @@ def check_objective(objective: ObjectiveSettings, target: TargetSettings) -> Non
             )
         if target.kind in SAMPLED:
             _check_sampled(objective, target.kind)
-        check_tail(objective.divergence, objective.tail, truncated=truncated)
+        _check_distance(objective, target.kind)
+        if target.kind != "embedding":
+            check_tail(objective.divergence, objective.tail, truncated=truncated)
+
+
+def _check_distance(objective: ObjectiveSettings, kind: str) -> None:
+    """States have a distance, distributions a divergence: the settings of the other mean nothing."""
+    others = ("distance",) if kind != "embedding" else (
+        "divergence", "jsd_beta", "tail", "kd_temperature"
+    )  # fmt: skip
+    for name in others:
+        value = getattr(objective, name)
+        if value != getattr(ObjectiveSettings(), name):
+            compared = "states by objective.distance" if kind == "embedding" else "distributions"
+            raise ConfigError(
+                f"objective.{name}={value} means nothing with target.kind={kind}, which compares"
+                f" {compared}; leave it out"
+            )
 
 
 def _check_sampled(objective: ObjectiveSettings, kind: str) -> None:

@@ -133,7 +133,7 @@ def plot_loss(metrics: Path, image: Path) -> bool:
     axes.errorbar(
         [e["step"] for e in bounds],
         [e["held_out"]["nelbo"] for e in bounds],
-        yerr=[e["held_out"]["nelbo_std_err"] for e in bounds],
+        yerr=[e["held_out"]["nelbo_std_err"] or 0.0 for e in bounds],  # none for a single row
         fmt="o-",
         capsize=3,
         color="black",

@@ -1,9 +1,9 @@
 """Rows read a second time, by a teacher with another tokenizer: its tokens of the same text.
 
 A row of training data has a reading: for each of its documents the teacher's start token, its tokens of
-the prompt, and those of the text. Of every token that is text, on both sides, it is known which bytes of
-the piece of text in this row it stands for; start, prompt and end tokens stand for none (-1). A token of
-the teacher that reaches over an edge of the piece is left out.
+the prompt, those of the text, and its end token where the text ends. Of every token that is text, on both
+sides, it is known which bytes of the piece of text in this row it stands for; start, prompt and end
+tokens stand for none (-1). A token of the teacher that reaches over an edge of the piece is left out.
 
 A folder holds student_starts.npy, student_ends.npy (N, L) and, one row after the other, tokens.npy,
 documents.npy, starts.npy, ends.npy (T,) with places.npy (N + 1,).
@@ -39,30 +39,41 @@ class Reading:
     """A document in both tokenizations: which bytes each token of its text stands for.
 
     `context` is what the teacher reads before the text: its start token and its tokens of a prompt.
+    `end` is its end token, which stands behind the text where the student has one.
     """
 
     context: Sequence[int]
     tokens: Ints
     ends: Ints
     student_ends: Ints
+    end: int
 
     def piece(self, first: int, last: int) -> Piece:
         """The student's tokens first … last - 1 of the text; those from the text's end on are eos."""
         known = len(self.student_ends)
-        edges = np.concatenate([[0], self.student_ends])
-        low, high = edges[min(first, known)], edges[min(last, known)]
-        starts = np.concatenate([[0], self.ends[:-1]])
-        inside = (starts >= low) & (self.ends <= high)
+        low, high = self._edge(min(first, known)), self._edge(min(last, known))
+        # Tokens without bytes go with what is before them.
+        one = int(np.searchsorted(self.ends, low, side="right")) if low else 0
+        if one < len(self.ends) and (self.ends[one - 1] if one else 0) < low:
+            one = int(np.searchsorted(self.ends, self.ends[one], side="right"))  # begins before it
+        two = max(one, int(np.searchsorted(self.ends, high, side="right")))
+        ends = self.ends[one:two] - low
+        starts = np.concatenate([[self.ends[one - 1] - low if one else 0], ends[:-1]])[: len(ends)]
         student = np.full((2, last - first), NO_TEXT, np.int64)
         text = max(0, min(last, known) - first)
-        student[0, :text] = edges[first : first + text] - low
-        student[1, :text] = edges[first + 1 : first + 1 + text] - low
+        student[1, :text] = self.student_ends[first : first + text] - low
+        student[0, 1:text] = student[1, : max(0, text - 1)]
+        student[0, :1] = 0 if text else NO_TEXT
+        context, behind = len(self.context), [self.end] if last > known else []
         return Piece(
-            np.concatenate([np.asarray(self.context, np.int64), self.tokens[inside]]),
-            _behind(len(self.context), starts[inside] - low),
-            _behind(len(self.context), self.ends[inside] - low),
+            np.array([*self.context, *self.tokens[one:two], *behind], np.int64),
+            _no_text_around(context, starts, len(behind)),
+            _no_text_around(context, ends, len(behind)),
             *student,
         )
+
+    def _edge(self, token: int) -> int:
+        return int(self.student_ends[token - 1]) if token else 0
 
 
 class Piece(NamedTuple):
@@ -76,8 +87,8 @@ class Piece(NamedTuple):
     student_ends: Ints
 
 
-def _behind(context: int, values: Ints) -> Ints:
-    return np.concatenate([np.full(context, NO_TEXT, np.int64), values])
+def _no_text_around(before: int, values: Ints, after: int) -> Ints:
+    return np.pad(values, (before, after), constant_values=NO_TEXT)
 
 
 class ReadingWriter:

@@ -29,7 +29,7 @@ from mdm.record import append_record, commit, make_record, peak_rss_bytes
 from mdm.vocab import Vocab
 
 from . import processes
-from .dataset import PreparedData, open_prepared, prepare
+from .dataset import PreparedData, open_prepared, prepare, reader_identity
 from .held_out import HeldOut, held_out_bound
 from .lora import merged, with_adapters
 from .objective import loss_meaning
@@ -178,7 +178,15 @@ def prepare_data(
     A run that has a checkpoint goes on with the rows it began with, whatever the corpus is now.
     """
     if saved_steps(folder / "checkpoints"):
-        return open_prepared(folder / "data")
+        data = open_prepared(folder / "data")
+        if read_by is not None and data.manifest["made_from"].get("reader") != reader_identity(
+            read_by
+        ):
+            raise DataError(
+                f"the rows in {folder / 'data'} were read by a teacher with another tokenizer than"
+                f" {recipe.teacher.model!r} has now; put the teacher back, or start a new run"
+            )
+        return data
     if processes.rank() == 0:
         prepare(recipe.data, denoiser.vocab, folder / "data", read_by)
     processes.barrier()

@@ -269,9 +269,10 @@ def _readings(documents: Sequence[Document], vocab: Vocab, reader: Vocab) -> lis
         context = prompt or []
         if context[:1] != [reader.start_id]:  # a chat template may have put one there already
             context = [reader.start_id, *context]
-        given = given_tokens(vocab, document)
-        own_ends = student_ends if given is None else given[1]
-        result.append(Reading(context, np.array(tokens, np.int64), ends, own_ends))
+        tokens, ends = given_tokens(reader, document) or (tokens, ends)
+        _, student_ends = given_tokens(vocab, document) or ([], student_ends)
+        ids = np.array(tokens, np.int64)
+        result.append(Reading(context, ids, ends, student_ends, reader.eos_id))
     return result
 
 

@@ -1,7 +1,8 @@
 """Train a tokenizer on a corpus: byte-level BPE, lossless on any text.
 
-Text is split into words, runs of digits of at most three, punctuation and white space before merges
-are learnt, as in GPT-2, so that no token reaches over a line of code into the next statement.
+Text is split into words, at most three digits, punctuation and white space before merges are learnt, so
+that no token reaches over a line of code into the next statement (GPT-2's idea; the pattern is in
+substance that of its successors, which also keep a word's leading punctuation).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from mdm.errors import ConfigError, DataError
 
 END = "<|endoftext|>"
 BYTES = 256
+_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 # A word with the character before it; digits; punctuation with its space; line breaks; other space.
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
@@ -29,8 +31,13 @@ def train_tokenizer(texts: Iterable[str], size: int, output: Path) -> int:
     """
     if size <= BYTES:
         raise ConfigError(f"--size must be above {BYTES}, which the bytes take; got {size}")
-    if output.exists() and not (output / "tokenizer.json").is_file():
-        raise ConfigError(f"{output} exists and holds no tokenizer, so it is kept; choose another")
+    if output.exists():
+        foreign = sorted({entry.name for entry in output.iterdir()} - set(_FILES))
+        if foreign:
+            raise ConfigError(
+                f"{output} holds other things than a tokenizer ({', '.join(foreign[:3])}), so it is kept;"
+                " choose another folder"
+            )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -19,7 +19,9 @@ from mdm.denoiser import (
     max_length,
     probe_attention,
 )
+from mdm.errors import VocabError
 from mdm.fim import Template, few_shot, template
+from mdm.token_bytes import token_bytes
 from mdm.vocab import Vocab, read_vocab, require_same_tokens
 
 if TYPE_CHECKING:
@@ -121,7 +123,12 @@ def load_foreign(
     probe_attention(model, causal=True)
     vocab = read_vocab(tokenizer)
     head = model.get_output_embeddings().weight.shape[0]
-    tokens = min(len(vocab), head)
+    tokens = min(max(tokenizer.get_vocab().values()) + 1, head)
+    if any(token_bytes(vocab)[head:]):
+        raise VocabError(
+            f"the tokenizer of {source!r} has words beyond the {head} that its model can write;"
+            " tokenizer and weights do not belong together"
+        )
     return ARTeacher(model.requires_grad_(False), tokens, has_plain_head(model), vocab=vocab)
 
 

@@ -13,6 +13,9 @@ the text. Of the next distributions the likeliest `_NEXT` tokens are told apart;
 goes to the first student token of the rest alone. Where the student cannot write a token at all its mass
 is lost; what remains is renormalised, and `lost` says how much it was.
 
+The end of a text is a token without bytes on both sides: the student's first end token behind a text gets
+the teacher's distribution behind its own.
+
 Exact for two tokenizers of single bytes, and for a student of bytes exact given the teacher's
 tokenization of the text on the left. Otherwise an approximation: a student's longer token can swallow
 bytes of what would come next, which is known for the text's own tokens only.
@@ -30,6 +33,8 @@ import numpy as np
 import torch
 
 from mdm.denoiser import row_chunks
+from mdm.errors import VocabError
+from mdm.token_bytes import token_bytes
 from mdm.vocab import Vocab
 
 from ..readings import ReadingBatch
@@ -63,9 +68,17 @@ class Mapping:
 def make_mapping(teacher: ARTeacher, student: Vocab) -> Mapping:
     """What mapping needs of the two vocabularies; takes seconds for a large one."""
     assert teacher.vocab is not None, "a teacher with a tokenizer of its own"
+    for who, vocab in (("teacher", teacher.vocab), ("student", student)):
+        if not any(token_bytes(vocab)):
+            raise VocabError(
+                f"the tokens of the {who} do not say which bytes they stand for, so target.kind=mapped"
+                " cannot split them; set target.kind=embedding, or choose a byte-level or sentencepiece"
+                " tokenizer"
+            )
     ends = {teacher.vocab.eos_id: student.eos_id}  # the one token without text that both have
     pieces = Pieces(student)
     continuations = Continuations(teacher.vocab, teacher.num_tokens, pieces, ends)
+    continuations.first_V = continuations.first_V.to(teacher.model.device)
     return Mapping(teacher, continuations, len(student))
 
 
@@ -105,7 +118,10 @@ def find_places(
     lengths_V: torch.Tensor,
 ) -> list[Place | None]:
     """Where each wanted position (row-major) lies; None if the teacher has no tokens there, or some
-    that are not exactly bytes of the text (`lengths_V`: how many bytes each token has)."""
+    that are not exactly bytes of the text (`lengths_V`: how many bytes each token has).
+
+    The first end token behind a text lies at the teacher's end token.
+    """
     tokens_BM, documents_BM, starts_BM, ends_BM, student_starts_BL, student_ends_BL = (
         tensor.cpu().numpy() for tensor in reading
     )
@@ -115,6 +131,10 @@ def find_places(
     for row, column in wanted_BL.nonzero().tolist():
         start, end = int(student_starts_BL[row, column]), int(student_ends_BL[row, column])
         document = int(document_ids_BL[row, column])
+        if start < 0 <= int(student_ends_BL[row, column - 1]):
+            last = int((documents_BM[row] == document).nonzero()[0][-1])
+            places.append(Place(row, range(last, last + 1), 0))
+            continue
         if (row, document) not in columns:
             text_M = (documents_BM[row] == document) & (starts_BM[row] >= 0)
             columns[row, document] = text_M.nonzero()[0]
@@ -197,7 +217,7 @@ def _pass_on(
         ids_v, pieces_v = (found.to(device) for found in continuations.behind(start))
         mass_v = logits_V[ids_v].softmax(-1)
     else:
-        ids_v, pieces_v = None, continuations.first_V.to(device)
+        ids_v, pieces_v = None, continuations.first_V
         mass_v = logits_V.softmax(-1)
     amounts, columns = [mass_v], [pieces_v]
     rest = (continuations.bytes[tokens[0]] or b"")[before:]
