@@ -242,6 +242,34 @@ def weights_hash(path: str | Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def source_identity(source: str) -> str:
+    """What tells the weights behind an AR source from others: their hash, or hub name and commit.
+
+    A hub name can stand for new weights tomorrow; the commit it was fetched at cannot. Raises
+    CheckpointError if the commit of a hub name is not known.
+    """
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    path = source_path(source)
+    if path is not None:
+        return weights_hash(path)
+    with _readable(source):
+        commit = extract_commit_hash(cached_file(source, "config.json"), None)
+        if commit is None:
+            raise CheckpointError(
+                f"cannot tell which commit of {source!r} was fetched; give a local folder"
+            )
+    return f"{source}@{commit}"
+
+
+def config_hash(config: PretrainedConfig) -> str:
+    """First 16 hex digits of the SHA-256 of what a config says about the model's computations."""
+    named = ("_name_or_path", "transformers_version", "dtype")
+    told = {key: value for key, value in config.to_dict().items() if key not in named}
+    text = json.dumps(told, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def source_path(source: str) -> str | None:
     """The local folder or file behind an AR source; None for a hub name."""
     if source == EMBEDDED:

@@ -11,18 +11,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from students import random_student
-from tiny import FAMILIES, byte_tokenizer, next_log_probs, tiny_model
+from tiny import FAMILIES, byte_tokenizer, next_log_probs, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM
 
 import mdm.checkpoint
 from mdm.checkpoint import (
     EMBEDDED,
+    config_hash,
     load_ar,
     load_config,
     load_denoiser,
     read_settings,
     replacing,
     save_denoiser,
+    source_identity,
     source_path,
     weights_hash,
 )
@@ -416,3 +418,30 @@ def test_a_folder_without_weights_has_no_hash(tmp_path):
     one = weights_hash(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"two")
     assert weights_hash(tmp_path) != one
+
+
+# --- what tells sources apart -----------------------------------------------------------------------
+
+
+def test_a_hub_name_is_told_by_its_commit(tmp_path, monkeypatch):
+    """In the layout of the hub's own cache: a name is a link to the commit that was fetched."""
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    place = tmp_path / "models--some--model"
+    for commit in ("a" * 40, "b" * 40):
+        (place / "snapshots" / commit).mkdir(parents=True)
+        (place / "snapshots" / commit / "config.json").write_text("{}")
+        (place / "refs").mkdir(exist_ok=True)
+        (place / "refs" / "main").write_text(commit)
+        assert source_identity("some/model") == f"some/model@{commit}"
+
+
+def test_a_local_source_is_told_by_its_weights(tmp_path):
+    tiny_model("llama", 20).save_pretrained(tmp_path / "a")
+    assert source_identity(str(tmp_path / "a")) == weights_hash(tmp_path / "a")
+
+
+def test_a_config_is_told_by_what_it_computes():
+    one, same, other = (tiny_config("llama", 20, rms_norm_eps=e) for e in (1e-6, 1e-6, 1e-5))
+    same._name_or_path = "elsewhere"
+    assert config_hash(one) == config_hash(same) != config_hash(other)

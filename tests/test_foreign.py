@@ -1,14 +1,16 @@
 """Teachers with another tokenizer in training: states by their definition, a run, what is refused."""
 
 import dataclasses
+import shutil
 
 import pytest
 import tiny
 import torch
 from test_mapped import STUDENT_WORDS, TEACHER_WORDS, TEXTS, read, teacher_of, vocab_of
 from tiny_run import ar_folder, corpus_folder, recipe, tiny_denoiser
+from transformers import AutoModelForCausalLM
 
-from mdm.errors import ConfigError, DataError, VocabError
+from mdm.errors import ConfigError, DataError, TrainingError, VocabError
 from mdm.token_bytes import encode_with_ends
 from mdm.train.losses import DISTANCES
 from mdm.train.progress import read_metrics
@@ -192,6 +194,29 @@ def test_tokenizers_that_spell_nothing(tmp_path):
         make_mapping(teacher_of(words), spelling)
     with pytest.raises(VocabError, match=r"tokens of the student do not say"):
         make_mapping(teacher_of(spelling), words)
+
+
+@pytest.mark.parametrize("kind", ["mapped", "embedding"])
+def test_a_teacher_that_answers_nan_is_refused(folders, tmp_path, kind):
+    """And not taken for one that has no answer."""
+    ar, teacher, corpus = folders
+    broken = tmp_path / "broken"
+    shutil.copytree(teacher, broken)
+    model = AutoModelForCausalLM.from_pretrained(broken)
+    model.model.norm.weight.data[:] = float("nan")
+    model.save_pretrained(broken)
+    monkeypatched = pytest.MonkeyPatch()
+    monkeypatched.setattr("mdm.train.teachers.ar.probe_attention", lambda *_, **__: None)
+    monkeypatched.setattr("mdm.train.teachers.ar.has_plain_head", lambda _: True)
+    try:
+        chosen = recipe(
+            ar, corpus, target={"kind": kind}, teacher={"model": str(broken), "dtype": "fp32"}
+        )
+        run = start(chosen, new_run(chosen, tmp_path / "runs"))
+        with pytest.raises(TrainingError, match=r"NaN; load it with teacher.dtype=fp32"):
+            train_step(run, 0)
+    finally:
+        monkeypatched.undo()
 
 
 def test_a_model_with_fewer_rows_than_words(tmp_path):

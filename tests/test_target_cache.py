@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from test_mapped import TEACHER_WORDS, vocab_of
 
 from mdm.errors import CheckpointError, ConfigError, DataError
-from mdm.train import supervision, target_cache
+from mdm.train import supervision
 from mdm.train.cache_targets import cache_targets
 from mdm.train.run import new_run, start
 from mdm.train.target_cache import (
@@ -112,17 +112,18 @@ def test_the_bytes_are_what_the_file_says():
 
 
 @pytest.mark.parametrize(
-    ("rows", "length", "top_k", "expected"),
+    ("rows", "length", "top_k", "batch_rows", "expected"),
     [
-        (1, 8, 4, 8),
-        (512, 8, 4, 8),
-        (6400, 8, 4, 100),
-        (10**9, 2**20, 64, 1),
-        (10**6, 256, 64, 2702),
+        (1, 8, 4, 1, 8),
+        (512, 8, 4, 1, 8),
+        (512, 8, 4, 64, 64),  # a batch is not cut by a shard
+        (6400, 8, 4, 8, 100),
+        (10**9, 2**20, 64, 8, 1),
+        (10**6, 256, 64, 8, 2702),
     ],
 )
-def test_shards_are_neither_few_nor_large(rows, length, top_k, expected):
-    assert rows_of_a_shard(rows, length, top_k) == expected
+def test_shards_are_neither_few_nor_large(rows, length, top_k, batch_rows, expected):
+    assert rows_of_a_shard(rows, length, top_k, batch_rows) == expected
     assert expected == 1 or expected * length * width(top_k) <= 2**28
 
 
@@ -364,13 +365,19 @@ def test_another_teacher_is_refused_and_one_that_is_gone(place, settings, whole,
         new(recipe, tmp_path / "wrong")
 
 
-def test_a_hub_name_is_told_by_its_commit(settings, monkeypatch):
-    config = SimpleNamespace(_commit_hash="abc")
-    monkeypatch.setattr(target_cache, "load_config", lambda name: config)
-    monkeypatch.setattr(target_cache, "load_vocab", lambda name: SimpleNamespace(fingerprint="f"))
-    found = target_cache.settings_identity(settings(teacher={"model": "some/model"}))
-    assert found["the teacher's weights"] == "some/model@abc"
-    assert found["the teacher's tokenizer"] == "f"
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_the_teachers_other_files_belong_to_it(settings, whole, tmp_path, file):
+    """Same weights, another rope or chat template: other answers."""
+    teacher = tmp_path / "teacher"
+    shutil.copytree(settings().teacher.model, teacher)
+    again = cached(settings(teacher={"model": str(teacher)}), whole.folder)
+    new(again, tmp_path / "same")
+    values = json.loads((teacher / file).read_text())
+    values |= {"rms_norm_eps": 0.1, "chat_template": "{{ messages }}"}
+    (teacher / file).write_text(json.dumps(values))
+    what = "config" if file == "config.json" else "tokenizer"
+    with pytest.raises(ConfigError, match=f"the teacher's {what} "):
+        new(again, tmp_path / "other")
 
 
 def test_a_folder_without_a_cache_is_named(settings, tmp_path):

@@ -14,6 +14,7 @@ from mdm.checkpoint import QUANTIZATIONS, load_ar
 from mdm.errors import ConfigError
 from mdm.train.recipe import TeacherSettings
 from mdm.train.run import new_run, start
+from mdm.train.sharding import check_sharding
 from mdm.train.supervision import open_teacher, place
 from mdm.train.targets import TargetSettings
 from mdm.train.teachers.ar import load_foreign, load_teacher
@@ -179,6 +180,15 @@ def test_a_run(folders, tmp_path, settings):
     train(changed, tmp_path / "changed" / "tiny")
 
 
+@pytest.mark.parametrize("kind", ["mapped", "embedding"])
+def test_an_offloaded_teacher_with_another_tokenizer(folders, tmp_path, kind):
+    found = {}
+    for name, offload in (("away", True), ("here", False)):
+        chosen = recipe(*folders, target={"kind": kind}, teacher={"offload": offload})
+        found[name] = train_step(start(chosen, new_run(chosen, tmp_path / name)), 0)
+    assert found["away"]["kd"] == found["here"]["kd"] > 0
+
+
 def test_a_quantised_model_stays_where_it_was_loaded():
     """bitsandbytes ties its layers to a device, and some releases refuse to move them."""
     moved = []
@@ -233,14 +243,22 @@ def test_bitsandbytes_missing(folders, monkeypatch):
         ({"teacher": {"quantization": "nf4", "offload": True}}, "do not go together"),
         (
             {"teacher": {"quantization": "nf4"}, "train": {"sharding": "full"}},
-            r"sharding=full shards the teacher, too; leave out teacher\.quantization",
+            r"sharding=full shares out .* teacher\.quantization",
         ),
         (
             {"teacher": {"offload": True}, "train": {"sharding": "full"}},
-            r"leave out teacher\.quantization and teacher\.offload",
+            r"sharding=full shares out .* teacher\.offload",
         ),
+        ({"train": {"lora_alpha": 8}}, r"lora_alpha=8 scales adapters, but .*lora_rank is 0"),
     ],
 )
 def test_settings_that_do_not_go_together(folders, sections, message):
     with pytest.raises(ConfigError, match=message):
-        recipe(*folders, **sections)
+        check_sharding(recipe(*folders, **sections))
+
+
+def test_few_bits_and_sharding_go_together_with_a_cache(folders):
+    """Then no teacher is loaded, but the cache was made by one in few bits."""
+    both = {"teacher": {"quantization": "nf4"}, "train": {"sharding": "full"}}
+    check_sharding(recipe(*folders, **both, target={"cache": "somewhere"}))
+    check_sharding(recipe(*folders, **both, objective={"kd_lambda": 0.0}))

@@ -83,6 +83,7 @@ def cache_targets(
     recipe = dataclasses.replace(recipe, target=dataclasses.replace(recipe.target, cache=""))
     check_cacheable(recipe)
     check_sharding(recipe)
+    batch_rows = batch_rows or recipe.train.micro_rows
     first = processes.rank() == 0
     identity = settings_identity(recipe) if first else {}
     if first:
@@ -94,7 +95,7 @@ def cache_targets(
     ask = bind(recipe, teacher, student, data)
     assert ask is not None, "check_cacheable wants a teacher"
     if first:
-        _write_manifest(folder, identity | data_identity(data), data, made_by)
+        _write_manifest(folder, identity | data_identity(data), data, made_by, batch_rows)
     processes.barrier()
     manifest = read_manifest(folder)
     assert manifest is not None, "the first process wrote it"
@@ -102,7 +103,6 @@ def cache_targets(
     missing = cache.missing()
     _require_room(cache, len(missing))
     processes.barrier()  # nobody writes before all have seen what is missing
-    batch_rows = batch_rows or recipe.train.micro_rows
     work = _Work(ask, student, data.train, batch_rows, tell)
     with stop_signals() as signals:
         for shard in _share(missing, processes.rank()):
@@ -261,13 +261,19 @@ def _open_folder(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> 
 
 
 def _write_manifest(
-    folder: Path, identity: Mapping[str, Any], data: PreparedData, made_by: Sequence[str]
+    folder: Path,
+    identity: Mapping[str, Any],
+    data: PreparedData,
+    made_by: Sequence[str],
+    batch_rows: int,
 ) -> None:
     manifest = read_manifest(folder)
     if manifest is not None:
         _require_same(folder, manifest, identity)
         return
-    shard_rows = rows_of_a_shard(len(data.train), data.train.length, identity["target.top_k"])
+    shard_rows = rows_of_a_shard(
+        len(data.train), data.train.length, identity["target.top_k"], batch_rows
+    )
     Manifest(identity, shard_rows, tuple(made_by)).write(folder)
 
 

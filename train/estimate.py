@@ -198,9 +198,11 @@ def student_bytes(recipe: Recipe, config: Any, size: Size, processes: int) -> di
         "gradients": 4 * trained // parts,
         "moments, average": 4 * trained * (copies_trained(recipe) - 2) // parts,
     }
-    if full:  # two layers at a time, and what is no layer all the time, with their gradients
-        gathered = 2 * size.layer + size.ends
-        memory["gathered weights"] = (2 if mixed else 4) * 2 * gathered
+    if (
+        full
+    ):  # two layers at a time, in half precision, and what is no layer all the time; and gradients
+        layers, halves = 2 * 2 * size.layer, 2 * size.matrix if mixed else 0
+        memory["gathered weights"] = (2 if mixed else 4) * layers + 4 * 2 * size.ends + halves
     elif mixed:
         memory["bf16 copies"] = 2 * (size.linear + size.matrix)
     if not full and processes > 1:

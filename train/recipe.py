@@ -137,6 +137,10 @@ class TrainSettings:
         check_known("train.lr_schedule", self.lr_schedule, LR_SCHEDULES)
         check_known("train.precision", self.precision, PRECISIONS)
         check_known("train.sharding", self.sharding, SHARDINGS)
+        require(
+            not self.lora_alpha or self.lora_rank > 0,
+            f"train.lora_alpha={self.lora_alpha} scales adapters, but train.lora_rank is 0; set both",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,12 +164,6 @@ class Recipe:
         require(
             self.data.held_out_fraction > 0,
             "data.held_out_fraction must be above 0: training reports the bound on held-out rows",
-        )
-        require(
-            self.train.sharding == "none"
-            or not (self.teacher.quantization or self.teacher.offload),
-            f"train.sharding={self.train.sharding} shards the teacher, too; leave out"
-            " teacher.quantization and teacher.offload, or set train.sharding=none",
         )
         check_objective(self.objective, self.target)
         check_masks(

@@ -45,10 +45,16 @@ HALF = MixedPrecisionPolicy(
 
 
 def check_sharding(recipe: Recipe) -> None:
-    """Raise ConfigError if a sharded teacher would be asked more often by one process than by another."""
-    target = recipe.target
+    """Raise ConfigError if the teacher cannot be sharded, or processes would ask it unequally often."""
+    target, teacher = recipe.target, recipe.teacher
     if recipe.train.sharding == "none" or recipe.objective.kd_lambda == 0 or target.cache:
         return
+    if teacher.quantization or teacher.offload:
+        name = "offload" if teacher.offload else "quantization"
+        raise ConfigError(
+            f"train.sharding=full shares out the teacher's weights, which teacher.{name} would have"
+            " elsewhere; leave one of the two out, or set target.cache and load no teacher at all"
+        )
     if target.kind not in ONE_PASS or target.infill:
         asked = f"target.infill={target.infill}" if target.infill else f"target.kind={target.kind}"
         raise ConfigError(

@@ -17,7 +17,7 @@ from mdm.errors import ConfigError
 from . import processes
 from .objective import MaskedBatch, soft_targets
 from .sharding import shard_teacher
-from .target_cache import cached_answers, check_cacheable
+from .target_cache import BY_WEIGHTS, cached_answers, check_cacheable
 from .targets import Targets
 from .teachers.ar import ARTeacher, load_foreign, load_teacher
 from .teachers.foreign import FOREIGN, ask_foreign, projection
@@ -44,6 +44,11 @@ def open_teacher(recipe: Recipe, denoiser: Denoiser) -> ARTeacher | None:
         check_cacheable(recipe)
     if not needs_teacher(recipe):
         return None
+    if recipe.teacher.model.startswith(BY_WEIGHTS):
+        raise ConfigError(
+            f"teacher.model={recipe.teacher.model} names weights that are not at hand, which goes with"
+            " target.cache only; name a model"
+        )
     settings, target = recipe.teacher, recipe.target
     dtype, few, device = DTYPES[settings.dtype], settings.quantization, processes.device()
     if target.kind in FOREIGN:

@@ -17,6 +17,7 @@ Shapes: B batch, L length, N positions, K kept tokens, M numbers, W bytes of a t
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import shlex
@@ -28,12 +29,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mdm.checkpoint import load_config, load_vocab, source_path, weights_hash
+from mdm.checkpoint import config_hash, load_config, load_vocab, source_identity
 from mdm.config import to_tree
 from mdm.denoiser import Denoiser
 from mdm.errors import CheckpointError, ConfigError, DataError
 
 from . import processes
+from .dataset import reader_identity
 from .targets import NOT_KEPT, SoftTargets
 from .teachers.mapped import CONDITIONED_ON
 
@@ -150,7 +152,7 @@ def settings_identity(recipe: Recipe) -> dict[str, Any]:
         del teacher[name]
     return {
         WEIGHTS: _weights(recipe.teacher.model),
-        **_tokenizer(recipe.teacher.model),
+        **_beside_the_weights(recipe.teacher.model),
         **{f"teacher.{name}": value for name, value in teacher.items()},
         "target.kind": target.kind,
         "target.top_k": target.top_k,
@@ -174,16 +176,18 @@ def data_identity(data: PreparedData) -> dict[str, Any]:
 def _weights(model: str) -> str:
     if model.startswith(BY_WEIGHTS):
         return model.removeprefix(BY_WEIGHTS)
-    place = source_path(model)
-    if place is not None:
-        return weights_hash(place)
-    return f"{model}@{getattr(load_config(model), '_commit_hash', None)}"  # a hub name
+    return source_identity(model)
 
 
-def _tokenizer(model: str) -> dict[str, str]:
+def _beside_the_weights(model: str) -> dict[str, str]:
+    """What else of the teacher's files the answers depend on; not known of one named by its weights."""
     if model.startswith(BY_WEIGHTS):
         return {}
-    return {"the teacher's tokenizer": load_vocab(model).fingerprint}
+    reader = json.dumps(reader_identity(load_vocab(model)), sort_keys=True)
+    return {
+        "the teacher's config": config_hash(load_config(model)),
+        "the teacher's tokenizer": hashlib.sha256(reader.encode()).hexdigest()[:16],
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -340,16 +344,18 @@ class TargetCache:
     def _mapped(self, shard: int) -> Bytes | None:
         try:
             array = np.load(self.path(shard), mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError):
-            return None
+        except (FileNotFoundError, ValueError, EOFError):
+            return None  # ValueError: cut short
+        except OSError as error:  # there, but not for us
+            raise DataError(f"cannot read {self.path(shard)}: {error}") from error
         right = array.dtype == np.uint8 and array.shape == (len(self.rows(shard)), *self.row_shape)
         return array if right else None
 
 
-def rows_of_a_shard(num_rows: int, length: int, top_k: int) -> int:
-    """Rows in a shard: `_SHARDS` of a small cache, none larger than `_SHARD_BYTES`."""
+def rows_of_a_shard(num_rows: int, length: int, top_k: int, batch_rows: int) -> int:
+    """Rows in a shard: `_SHARDS` of a small cache, at least a batch, none above `_SHARD_BYTES`."""
     most = max(1, _SHARD_BYTES // (length * width(top_k)))
-    return min(most, max(_MIN_SHARD_ROWS, -(-num_rows // _SHARDS)))
+    return min(most, max(_MIN_SHARD_ROWS, batch_rows, -(-num_rows // _SHARDS)))
 
 
 def cached_answers(

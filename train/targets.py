@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from mdm.config import require
-from mdm.errors import check_known
+from mdm.errors import TrainingError, check_known
 from mdm.fim import FAMILIES
 
 from . import processes
@@ -207,6 +207,14 @@ def keep_fills(
         conditioned_on=conditioned_on,
         token_ids_NV=tokens_NK,
     )
+
+
+def refuse_nan(targets: Targets) -> None:
+    """Raise TrainingError if an answer is not made of numbers."""
+    if any(bool(tensor.isnan().any()) for tensor in targets.tensors):
+        raise TrainingError(
+            "some of the teacher's answers are NaN; load it with teacher.dtype=fp32"
+        )
 
 
 def no_targets(device: torch.device, temperature: float, conditioned_on: str) -> SoftTargets:

@@ -140,7 +140,7 @@ def _open_teacher(
     import torch
 
     from mdm.autoregressive import Autoregressive
-    from mdm.checkpoint import is_denoiser, load_ar, source_path, weights_hash
+    from mdm.checkpoint import is_denoiser, load_ar, source_identity
     from mdm.commands import to_device
     from mdm.errors import ConfigError
     from mdm.vocab import read_vocab
@@ -161,10 +161,8 @@ def _open_teacher(
     if processes.rank() == 0:
         processes.barrier()
     to_device(model, where)
-    path = source_path(source)
-    # A hub name can stand for new weights tomorrow; the commit it was fetched at cannot.
-    name = f"{source}@{model.config._commit_hash}" if path is None else weights_hash(path)
-    return Autoregressive(model, read_vocab(tokenizer)), {"teacher": name, "dtype": dtype}
+    identity = {"teacher": source_identity(source), "dtype": dtype}
+    return Autoregressive(model, read_vocab(tokenizer)), identity
 
 
 class _Progress:

@@ -16,7 +16,7 @@ from mdm.diffusion import generator
 from mdm.errors import ConfigError
 
 from ..readings import ReadingBatch, Readings
-from ..targets import Targets, TargetSettings
+from ..targets import Targets, TargetSettings, refuse_nan
 from .ar import ARTeacher
 from .embedding import states
 from .mapped import make_mapping, mapped
@@ -43,7 +43,9 @@ def ask_foreign(
         device = batch.x0_BL.device
         reading = ReadingBatch(*(tensor.to(device) for tensor in readings.batch(batch.rows)))
         with torch.autocast(device.type, enabled=False):
-            return answer(reading, batch.distilled_BL, batch.document_ids_BL)
+            targets = answer(reading, batch.distilled_BL, batch.document_ids_BL)
+        refuse_nan(targets)
+        return targets
 
     return ask
 

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Callable
 from functools import partial
 
-from mdm.errors import ConfigError, TrainingError, check_known
+from mdm.errors import ConfigError, check_known
 
-from ..targets import Question, SoftTargets, TargetSettings, stack_targets
+from ..targets import Question, SoftTargets, TargetSettings, refuse_nan, stack_targets
 from .ar import ARTeacher
 from .fills import Rule, filled
 from .infill import arrange, restore
@@ -39,10 +39,7 @@ def answer(
     Raises TrainingError if it is not made of numbers.
     """
     found = _answer(teacher, question, settings, temperature)
-    if bool(found.log_probs_NK.isnan().any()):
-        raise TrainingError(
-            "some of the teacher's probabilities are NaN; load it with teacher.dtype=fp32"
-        )
+    refuse_nan(found)
     return found
 
 

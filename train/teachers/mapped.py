@@ -37,6 +37,7 @@ from mdm.errors import VocabError
 from mdm.token_bytes import token_bytes
 from mdm.vocab import Vocab
 
+from .. import processes
 from ..readings import ReadingBatch
 from ..targets import NOT_KEPT, SoftTargets, TargetSettings, keep_top, no_targets, stack_targets
 from .ar import ARTeacher
@@ -78,7 +79,7 @@ def make_mapping(teacher: ARTeacher, student: Vocab) -> Mapping:
     ends = {teacher.vocab.eos_id: student.eos_id}  # the one token without text that both have
     pieces = Pieces(student)
     continuations = Continuations(teacher.vocab, teacher.num_tokens, pieces, ends)
-    continuations.first_V = continuations.first_V.to(teacher.model.device)
+    continuations.first_V = continuations.first_V.to(processes.device())
     return Mapping(teacher, continuations, len(student))
 
 
@@ -125,12 +126,13 @@ def find_places(
     tokens_BM, documents_BM, starts_BM, ends_BM, student_starts_BL, student_ends_BL = (
         tensor.cpu().numpy() for tensor in reading
     )
+    document_ids = document_ids_BL.cpu().numpy()
     exact_BM = (lengths_V.numpy()[tokens_BM] == ends_BM - starts_BM) & (starts_BM >= 0)
     places: list[Place | None] = []
     columns: dict[tuple[int, int], np.ndarray] = {}
     for row, column in wanted_BL.nonzero().tolist():
         start, end = int(student_starts_BL[row, column]), int(student_ends_BL[row, column])
-        document = int(document_ids_BL[row, column])
+        document = int(document_ids[row, column])
         if start < 0 <= int(student_ends_BL[row, column - 1]):
             last = int((documents_BM[row] == document).nonzero()[0][-1])
             places.append(Place(row, range(last, last + 1), 0))
@@ -175,11 +177,11 @@ def _answer(
     used = [index_BM[place.row, list(place.columns)].tolist() for place in places]
     needed = sorted({row for rows in used for row in rows})
     at = {row: number for number, row in enumerate(needed)}
-    logits_tV = mapping.teacher.head(rows_TD[needed])
+    logits_tV, tokens_BM = mapping.teacher.head(rows_TD[needed]), reading.tokens_BM.cpu()
     lost_column = mapping.num_student_tokens
     mass_nW = torch.zeros(len(places), lost_column + 1, device=device)
     for n, (place, rows) in enumerate(zip(places, used, strict=True)):
-        tokens = reading.tokens_BM[place.row, list(place.columns)].tolist()
+        tokens = tokens_BM[place.row, list(place.columns)].tolist()
         own = [logits_tV[at[row]] for row in rows]
         amounts, columns = _pass_on(mapping, tokens, place.before, own)
         mass_nW[n].index_add_(0, columns, amounts)
