@@ -111,7 +111,7 @@ def open_sides(recipe: Recipe, place: Path, cache: str) -> dict[str, Run]:
     online.denoiser.train()
     target = dataclasses.replace(recipe.target, cache=cache)
     other = dataclasses.replace(recipe, target=target)
-    ask = cached_answers(other, online.data)
+    ask = cached_answers(other, online.data, len(online.denoiser.vocab))
     return {"online": online, "cached": dataclasses.replace(online, recipe=other, ask=ask)}
 
 

@@ -79,15 +79,7 @@ def convert(settings: StudentSettings) -> Denoiser:
             f"{settings.init} is a student already; train it further with student.init, or convert"
             " the AR model it came from"
         )
-    try:
-        tokenizer = load_tokenizer(settings.tokenizer or settings.init)
-    except CheckpointError as error:
-        if settings.tokenizer is None:
-            raise
-        raise CheckpointError(f"student.tokenizer is no tokenizer: {error}") from error
-    vocab = read_vocab(
-        tokenizer, start_token=settings.start_token, end_token=settings.end_token
-    ).with_mask(settings.mask_token)
+    vocab = student_vocab(settings)
     if settings.random:
         student = random_student(settings, vocab)
     else:
@@ -108,6 +100,18 @@ def convert(settings: StudentSettings) -> Denoiser:
         },
     }
     return Denoiser(student, vocab, shift=settings.shift, lineage=(step,)).eval()
+
+
+def student_vocab(settings: StudentSettings) -> Vocab:
+    """The vocabulary that the initial student will have; no weights are read."""
+    try:
+        tokenizer = load_tokenizer(settings.tokenizer or settings.init)
+    except CheckpointError as error:
+        if settings.tokenizer is None:
+            raise
+        raise CheckpointError(f"student.tokenizer is no tokenizer: {error}") from error
+    vocab = read_vocab(tokenizer, start_token=settings.start_token, end_token=settings.end_token)
+    return vocab.with_mask(settings.mask_token)
 
 
 def initialised_student(settings: StudentSettings) -> PreTrainedModel:

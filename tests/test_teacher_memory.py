@@ -208,7 +208,7 @@ def test_the_settings_reach_the_teacher(folders, student, monkeypatch):
 
     monkeypatch.setattr("mdm.train.supervision.load_teacher", spied)
     with pytest.raises(ZeroDivisionError):
-        open_teacher(recipe(*folders, teacher={"quantization": "nf4"}), student)
+        open_teacher(recipe(*folders, teacher={"quantization": "nf4"}), student.vocab)
     assert seen["quantization"] == "nf4"
     assert seen["device"] == torch.device("cpu")
 

@@ -73,7 +73,7 @@ def play(folder, name, tree, *, steps, resume="", half_hidden=False):
     numbers["student_bytes"] = own_bytes(run.denoiser)
     if run.ask and run.denoiser.projection is None:
         numbers["teacher_bytes"] = own_bytes(
-            supervision.open_teacher(run.recipe, run.denoiser).model
+            supervision.open_teacher(run.recipe, run.denoiser.vocab).model
         )
     tensors = whole("model", run.denoiser.named_parameters())
     if run.average is not None:

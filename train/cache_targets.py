@@ -19,7 +19,6 @@ from typing import Any
 import psutil
 import torch
 
-from mdm.denoiser import Denoiser
 from mdm.errors import CheckpointError, ConfigError, TrainingError
 
 from . import processes
@@ -28,7 +27,7 @@ from .dataset import PreparedData
 from .objective import MaskedBatch
 from .recipe import Recipe
 from .rows import Rows
-from .run import initial_student, prepare_data
+from .run import initial_vocab, prepare_data
 from .sharding import check_sharding
 from .supervision import Ask, bind, open_teacher
 from .target_cache import (
@@ -89,10 +88,10 @@ def cache_targets(
     if first:
         _open_folder(folder, identity, overwrite)
     processes.barrier()
-    student = initial_student(recipe)
-    teacher = open_teacher(recipe, student)
-    data = prepare_data(recipe, student, folder, teacher.vocab if teacher else None)
-    ask = bind(recipe, teacher, student, data)
+    vocab = initial_vocab(recipe)
+    teacher = open_teacher(recipe, vocab)
+    data = prepare_data(recipe, vocab, folder, teacher.vocab if teacher else None)
+    ask = bind(recipe, teacher, vocab, data)
     assert ask is not None, "check_cacheable wants a teacher"
     if first:
         _write_manifest(folder, identity | data_identity(data), data, made_by, batch_rows)
@@ -103,7 +102,7 @@ def cache_targets(
     missing = cache.missing()
     _require_room(cache, len(missing))
     processes.barrier()  # nobody writes before all have seen what is missing
-    work = _Work(ask, student, data.train, batch_rows, tell)
+    work = _Work(ask, data.train, batch_rows, tell)
     with stop_signals() as signals:
         for shard in _share(missing, processes.rank()):
             work.write(cache, shard, signals)
@@ -128,12 +127,11 @@ class _Work:
     def __init__(
         self,
         ask: Ask,
-        student: Denoiser,
         rows: Rows,
         batch_rows: int,
         tell: Callable[[str], None],
     ) -> None:
-        self._ask, self._student, self._rows, self._batch_rows = ask, student, rows, batch_rows
+        self._ask, self._rows, self._batch_rows = ask, rows, batch_rows
         self._tell, self._measured, self._tokens, self._asked = tell, Measured(), 0, 0
         self.began = self._told = time.monotonic()
 
@@ -167,7 +165,7 @@ class _Work:
         """(B, L, W) bytes of these rows."""
         batch = all_maskable(self._rows, rows)
         with torch.no_grad():
-            targets = self._ask(batch.to(processes.device()), self._student)
+            targets = self._ask(batch.to(processes.device()), None)
         assert isinstance(targets, SoftTargets), "only distributions are cached"
         self._asked += 1
         self._measured.add(targets)
@@ -189,7 +187,7 @@ class _Work:
         batch = all_maskable(self._rows, [0]).to(processes.device())
         with torch.no_grad():
             while self._asked < asks:
-                self._ask(batch, self._student)
+                self._ask(batch, None)
                 self._asked += 1
 
     def totals(self) -> tuple[int, dict[str, float]]:

@@ -20,9 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mdm.checkpoint import is_denoiser, load_denoiser, save_denoiser, weights_hash
+from mdm.checkpoint import is_denoiser, load_denoiser, load_vocab, save_denoiser, weights_hash
 from mdm.config import build, read_yaml, to_tree
-from mdm.convert import StudentSettings, convert
+from mdm.convert import StudentSettings, convert, student_vocab
 from mdm.denoiser import Denoiser
 from mdm.errors import CheckpointError, ConfigError, DataError
 from mdm.record import append_record, commit, make_record, peak_rss_bytes
@@ -39,6 +39,7 @@ from .recipe import Recipe
 from .sharding import check_sharding, shared_student, whole_state
 from .state import save_state, saved_steps
 from .supervision import Ask, bind, open_teacher, require_context
+from .teachers.foreign import projection
 
 WRITTEN = (
     "checkpoints",
@@ -127,10 +128,12 @@ def start(recipe: Recipe, folder: Path) -> Run:
     check_sharding(recipe)
     torch.manual_seed(settings.seed)
     denoiser = with_adapters(initial_student(recipe), settings)
-    teacher = open_teacher(recipe, denoiser)
-    data = prepare_data(recipe, denoiser, folder, teacher.vocab if teacher else None)
+    teacher = open_teacher(recipe, denoiser.vocab)
+    if recipe.target.kind == "embedding" and teacher is not None:
+        denoiser.projection = projection(denoiser, teacher)
+    data = prepare_data(recipe, denoiser.vocab, folder, teacher.vocab if teacher else None)
     require_classes(recipe, data)
-    ask = bind(recipe, teacher, denoiser, data)
+    ask = bind(recipe, teacher, denoiser.vocab, data)
     if settings.gradient_checkpointing:
         denoiser.model.activation_checkpointing_enable()
     module = shared_student(denoiser, settings)
@@ -155,6 +158,12 @@ def initial_student(recipe: Recipe) -> Denoiser:
     return student
 
 
+def initial_vocab(recipe: Recipe) -> Vocab:
+    """The vocabulary of the initial student, without its weights."""
+    init = recipe.student.init
+    return load_vocab(init) if is_denoiser(init) else student_vocab(recipe.student)
+
+
 def require_classes(recipe: Recipe, data: PreparedData) -> None:
     """Raise DataError if masks are weighted by classes that the data does not have."""
     if not recipe.masks.looks_at_classes:
@@ -169,7 +178,7 @@ def require_classes(recipe: Recipe, data: PreparedData) -> None:
 
 
 def prepare_data(
-    recipe: Recipe, denoiser: Denoiser, folder: Path, read_by: Vocab | None = None
+    recipe: Recipe, vocab: Vocab, folder: Path, read_by: Vocab | None = None
 ) -> PreparedData:
     """Tokenised rows in the run's folder; the first process makes them, all read them.
 
@@ -188,9 +197,9 @@ def prepare_data(
             )
         return data
     if processes.rank() == 0:
-        prepare(recipe.data, denoiser.vocab, folder / "data", read_by)
+        prepare(recipe.data, vocab, folder / "data", read_by)
     processes.barrier()
-    return prepare(recipe.data, denoiser.vocab, folder / "data", read_by)
+    return prepare(recipe.data, vocab, folder / "data", read_by)
 
 
 def evaluate(run: Run) -> HeldOut:

@@ -13,6 +13,7 @@ import torch
 
 from mdm.denoiser import Denoiser
 from mdm.errors import ConfigError
+from mdm.vocab import Vocab
 
 from . import processes
 from .objective import MaskedBatch, soft_targets
@@ -20,7 +21,7 @@ from .sharding import shard_teacher
 from .target_cache import BY_WEIGHTS, cached_answers, check_cacheable
 from .targets import Targets
 from .teachers.ar import ARTeacher, load_foreign, load_teacher
-from .teachers.foreign import FOREIGN, ask_foreign, projection
+from .teachers.foreign import FOREIGN, ask_foreign
 from .teachers.kinds import check_target
 
 if TYPE_CHECKING:
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
-# The targets of a masked batch on the device; the student may be asked for its own distributions.
-Ask = Callable[[MaskedBatch, Denoiser], Targets]
+# The targets of a masked batch on the device; the student may be asked for its own distributions, if the
+# target depends on the masks.
+Ask = Callable[[MaskedBatch, Denoiser | None], Targets]
 
 
 def needs_teacher(recipe: Recipe) -> bool:
@@ -38,8 +40,9 @@ def needs_teacher(recipe: Recipe) -> bool:
     return recipe.objective.kd_lambda > 0 and not recipe.target.cache
 
 
-def open_teacher(recipe: Recipe, denoiser: Denoiser) -> ARTeacher | None:
-    """The teacher on this process's device, checked against the recipe; None if none is asked."""
+def open_teacher(recipe: Recipe, vocab: Vocab) -> ARTeacher | None:
+    """The teacher of a student with this vocabulary on this process's device, checked against the
+    recipe; None if none is asked."""
     if recipe.objective.kd_lambda > 0 and recipe.target.cache:
         check_cacheable(recipe)
     if not needs_teacher(recipe):
@@ -56,7 +59,7 @@ def open_teacher(recipe: Recipe, denoiser: Denoiser) -> ARTeacher | None:
     else:
         teacher = load_teacher(
             settings.model,
-            denoiser.vocab,
+            vocab,
             dtype=dtype,
             infill=target.infill,
             family=target.family,
@@ -66,8 +69,6 @@ def open_teacher(recipe: Recipe, denoiser: Denoiser) -> ARTeacher | None:
         check_target(target, teacher.num_tokens)
         require_room(recipe, teacher)
         require_context(recipe, teacher.max_length, "teacher")
-    if target.kind == "embedding":
-        denoiser.projection = projection(denoiser, teacher)
     shard_teacher(teacher.model, recipe.train)
     place(teacher, settings)
     return teacher
@@ -83,22 +84,20 @@ def place(teacher: ARTeacher, settings: TeacherSettings) -> None:
         teacher.model.to(processes.device())
 
 
-def bind(
-    recipe: Recipe, teacher: ARTeacher | None, denoiser: Denoiser, data: PreparedData
-) -> Ask | None:
+def bind(recipe: Recipe, teacher: ARTeacher | None, vocab: Vocab, data: PreparedData) -> Ask | None:
     """How a step asks for its targets; None if it has none."""
     objective, target = recipe.objective, recipe.target
     if objective.kd_lambda == 0:
         return None
     if target.cache:
-        return cached_answers(recipe, data)
+        return cached_answers(recipe, data, len(vocab))
     assert teacher is not None
     if target.kind in FOREIGN:
         assert data.readings is not None, "the rows were read by the teacher"
         require_reading_room(data.manifest["splits"]["train"]["longest_reading"], teacher)
-        return ask_foreign(teacher, data.readings, denoiser, target, objective.kd_temperature)
+        return ask_foreign(teacher, data.readings, vocab, target, objective.kd_temperature)
 
-    def ask(batch: MaskedBatch, student: Denoiser) -> Targets:
+    def ask(batch: MaskedBatch, student: Denoiser | None) -> Targets:
         return soft_targets(teacher, batch, target, objective.kd_temperature, student)
 
     return ask

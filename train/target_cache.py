@@ -359,9 +359,9 @@ def rows_of_a_shard(num_rows: int, length: int, top_k: int, batch_rows: int) -> 
 
 
 def cached_answers(
-    recipe: Recipe, data: PreparedData
-) -> Callable[[MaskedBatch, Denoiser], SoftTargets]:
-    """How a step reads its targets from the folder target.cache.
+    recipe: Recipe, data: PreparedData, num_tokens: int
+) -> Callable[[MaskedBatch, Denoiser | None], SoftTargets]:
+    """How a step reads its targets from the folder target.cache; the student has `num_tokens`.
 
     Raises ConfigError if the folder is no cache or was made from something else than the run's rows,
     teacher and settings; DataError if it is incomplete; CheckpointError if the teacher's files, which
@@ -380,11 +380,11 @@ def cached_answers(
     cache = TargetCache(folder, manifest)
     cache.require_complete()
 
-    def ask(batch: MaskedBatch, student: Denoiser) -> SoftTargets:
+    def ask(batch: MaskedBatch, _student: Denoiser | None) -> SoftTargets:
         assert len(batch.rows) == len(batch.x0_BL), "rows of the training data"
         place_N, column_N = batch.distilled_BL.cpu().numpy().nonzero()
         row_N = np.asarray(batch.rows, np.int64)[place_N]
-        found, device = cache.answer(row_N, column_N, len(student.vocab)), batch.x0_BL.device
+        found, device = cache.answer(row_N, column_N, num_tokens), batch.x0_BL.device
         return dataclasses.replace(
             found,
             token_ids_NK=found.token_ids_NK.to(device),

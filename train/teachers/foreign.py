@@ -14,6 +14,7 @@ from torch import nn
 from mdm.denoiser import Denoiser
 from mdm.diffusion import generator
 from mdm.errors import ConfigError
+from mdm.vocab import Vocab
 
 from ..readings import ReadingBatch, Readings
 from ..targets import Targets, TargetSettings, refuse_nan
@@ -32,14 +33,14 @@ Answer = Callable[[ReadingBatch, torch.Tensor, torch.Tensor], Targets]
 def ask_foreign(
     teacher: ARTeacher,
     readings: Readings,
-    student: Denoiser,
+    student: Vocab,
     settings: TargetSettings,
     temperature: float,
-) -> Callable[[MaskedBatch, Denoiser], Targets]:
+) -> Callable[[MaskedBatch, Denoiser | None], Targets]:
     """How a step asks the teacher, which reads the rows of a batch in its own tokens."""
     answer = _KINDS[settings.kind](teacher, student, settings, temperature)
 
-    def ask(batch: MaskedBatch, _student: Denoiser) -> Targets:
+    def ask(batch: MaskedBatch, _student: Denoiser | None) -> Targets:
         device = batch.x0_BL.device
         reading = ReadingBatch(*(tensor.to(device) for tensor in readings.batch(batch.rows)))
         with torch.autocast(device.type, enabled=False):
@@ -51,9 +52,9 @@ def ask_foreign(
 
 
 def _mapped(
-    teacher: ARTeacher, student: Denoiser, settings: TargetSettings, temperature: float
+    teacher: ARTeacher, student: Vocab, settings: TargetSettings, temperature: float
 ) -> Answer:
-    mapping = make_mapping(teacher, student.vocab)
+    mapping = make_mapping(teacher, student)
 
     def answer(
         reading: ReadingBatch, wanted_BL: torch.Tensor, document_ids_BL: torch.Tensor
@@ -71,7 +72,7 @@ def _mapped(
 
 
 def _embedding(
-    teacher: ARTeacher, _student: Denoiser, _settings: TargetSettings, _temperature: float
+    teacher: ARTeacher, _student: Vocab, _settings: TargetSettings, _temperature: float
 ) -> Answer:
     def answer(
         reading: ReadingBatch, wanted_BL: torch.Tensor, document_ids_BL: torch.Tensor
