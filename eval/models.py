@@ -16,7 +16,7 @@ import torch
 from mdm import autoregressive, fim, likelihood
 from mdm.autoregressive import Autoregressive, DecodingSettings
 from mdm.canvas import SamplerSettings
-from mdm.checkpoint import is_denoiser, load_ar, load_denoiser, source_identity
+from mdm.checkpoint import config_hash, is_denoiser, load_ar, load_denoiser, source_identity
 from mdm.commands import to_device
 from mdm.config import build, require
 from mdm.denoiser import Denoiser
@@ -207,9 +207,6 @@ def open_evaluated(source: str, settings: ModelSettings, device: str | None = No
 
 def identity_of(model: Denoiser | Autoregressive, source: str, dtype: str) -> dict[str, Any]:
     """Everything about a model that decides its answers."""
-    config = model.model.config
-    named = ("_name_or_path", "transformers_version", "dtype")
-    architecture = {key: value for key, value in config.to_dict().items() if key not in named}
     student = isinstance(model, Denoiser)
     ours = (
         {"shift": model.shift, "block_size": model.block_size}
@@ -219,7 +216,7 @@ def identity_of(model: Denoiser | Autoregressive, source: str, dtype: str) -> di
     return {
         "kind": STUDENT if student else TEACHER,
         "weights": source_identity(source),
-        "config": key_of(architecture, ours)[:16],
+        "config": key_of(config_hash(model.model.config), ours)[:16],
         "vocab": model.vocab.fingerprint[:16],
         "dtype": dtype,
     }

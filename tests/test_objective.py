@@ -12,9 +12,9 @@ from tiny_run import VOCAB, ar_folder, ar_teacher, tiny_denoiser
 
 from mdm.errors import ConfigError
 from mdm.train import objective
+from mdm.train.checks import check_objective
 from mdm.train.objective import (
     ObjectiveSettings,
-    check_objective,
     kd_lambda_at,
     loss_meaning,
     loss_sums,

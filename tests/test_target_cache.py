@@ -17,17 +17,14 @@ from mdm.errors import CheckpointError, ConfigError, DataError
 from mdm.train import supervision
 from mdm.train.cache_targets import cache_targets
 from mdm.train.run import new_run, start
+from mdm.train.target_bytes import decode, encode, no_answer, width
 from mdm.train.target_cache import (
     MASK_FREE,
     Manifest,
     TargetCache,
     check_cacheable,
-    decode,
-    encode,
-    no_answer,
     read_manifest,
     rows_of_a_shard,
-    width,
 )
 from mdm.train.targets import NOT_KEPT, SoftTargets
 from mdm.train.trainer import micro_batches, train, train_step

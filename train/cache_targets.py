@@ -30,14 +30,13 @@ from .rows import Rows
 from .run import initial_vocab, prepare_data
 from .sharding import check_sharding
 from .supervision import Ask, bind, open_teacher
+from .target_bytes import encode, no_answer
 from .target_cache import (
     CACHE_FILE,
     Manifest,
     TargetCache,
     check_cacheable,
     data_identity,
-    encode,
-    no_answer,
     read_manifest,
     require_same,
     rows_of_a_shard,

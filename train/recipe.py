@@ -15,8 +15,9 @@ from mdm.config import build, override, read_yaml, require, to_tree
 from mdm.convert import StudentSettings
 from mdm.errors import ConfigError, check_known, unknown
 
+from .checks import check_objective
 from .dataset import DataSettings
-from .objective import ObjectiveSettings, check_objective
+from .objective import ObjectiveSettings
 from .optimizer import LR_SCHEDULES
 from .placement import MaskSettings, check_masks
 from .targets import TargetSettings

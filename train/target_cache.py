@@ -2,16 +2,9 @@
 
 A causal pass over clean text says the same of a position whatever is masked, so it is asked once for
 every maskable position of every row, for all epochs. A folder holds `cache.json` (what the answers were
-made from) and shards of some rows each, targets-00000.npy, …: uint8 of shape (rows, L, 6K + 4), read by
-memory map. The bytes of a token, lowest first:
-
-    3K  ids of the kept tokens
-    3K  their log-probabilities as whole numbers, -log p · 2^18 rounded; 2^24 - 1 marks an unused slot
-    4   tail mass, the bits of a float32
-
-A log-probability is off by at most 2^-19 nats; the least one is -63.99999 (probability 1e-28). A
-position that was not asked for, or to which the teacher has no counterpart, has unused slots only.
-Shapes: B batch, L length, N positions, K kept tokens, M numbers, W bytes of a token.
+made from) and shards of some rows each, targets-00000.npy, …: uint8 of shape (rows, L, W), read by memory
+map; the W bytes of a token are those of target_bytes.py.
+Shapes: B batch, L length, N positions, K kept tokens, W bytes of a token.
 """
 
 from __future__ import annotations
@@ -36,7 +29,8 @@ from mdm.errors import CheckpointError, ConfigError, DataError
 
 from . import processes
 from .dataset import reader_identity
-from .targets import NOT_KEPT, SoftTargets
+from .target_bytes import decode, width
+from .targets import SoftTargets
 from .teachers.mapped import CONDITIONED_ON
 
 if TYPE_CHECKING:
@@ -52,71 +46,11 @@ BY_WEIGHTS = "weights:"  # teacher.model=weights:HASH, where the teacher's files
 WEIGHTS = "the teacher's weights"  # a name in an identity
 _SAME_ANSWERS = {"model", "offload"}  # of the teacher's settings; the weights stand for `model`
 
-_STEPS = 2.0**18  # a nat
-_UNUSED = 2**24 - 1
 _SHARD_BYTES = 2**28
 _SHARDS = 64  # of a small cache: so many can be interrupted and shared out without much loss
 _MIN_SHARD_ROWS = 8
 
 Bytes = npt.NDArray[np.uint8]
-
-
-# --- a token's bytes -----------------------------------------------------------------------------
-
-
-def width(top_k: int) -> int:
-    """Bytes of a token."""
-    return 6 * top_k + 4
-
-
-def encode(targets: SoftTargets, top_k: int) -> torch.Tensor:
-    """(N, W) uint8 on the CPU, with slots for `top_k` tokens; the targets have no more than that."""
-    ids_NK, log_probs_NK, tail_N = (tensor.cpu() for tensor in targets.tensors)
-    rows, kept = ids_NK.shape
-    assert kept <= top_k, "more tokens than slots"
-    assert not ids_NK.numel() or int(ids_NK.max()) < 2**24, "ids have three bytes"
-    used_NK = log_probs_NK > NOT_KEPT
-    # Exact in float32: scaling by a power of two, then whole numbers below 2^24.
-    steps_NK = (log_probs_NK.float().clamp(-_UNUSED / _STEPS, 0.0) * -_STEPS).round().int()
-    numbers_N2K = torch.zeros(rows, 2, top_k, dtype=torch.int32)
-    numbers_N2K[:, 1] = _UNUSED
-    numbers_N2K[:, 0, :kept] = torch.where(used_NK, ids_NK.int(), 0)
-    numbers_N2K[:, 1, :kept] = torch.where(used_NK, steps_NK.clamp(max=_UNUSED - 1), _UNUSED)
-    tail_N1 = tail_N.float()[:, None].contiguous().view(torch.int32)
-    return torch.cat([_split(numbers_N2K.flatten(1), 3), _split(tail_N1, 4)], dim=1)
-
-
-def decode(bytes_NW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(N, K) ids, (N, K) float32 log-probabilities, (N,) float32 tail mass."""
-    rows, size = bytes_NW.shape
-    numbers_N2K = _join(bytes_NW[:, : size - 4], 3).view(rows, 2, (size - 4) // 6)
-    ids_NK, steps_NK = numbers_N2K.unbind(1)
-    log_probs_NK = (steps_NK.float() / -_STEPS).masked_fill(steps_NK == _UNUSED, NOT_KEPT)
-    tail_N = _join(bytes_NW[:, size - 4 :], 4).view(torch.float32)[:, 0]
-    return ids_NK.long(), log_probs_NK, tail_N
-
-
-def no_answer(top_k: int) -> torch.Tensor:
-    """(W,) the bytes of a token without an answer."""
-    nothing = torch.full((1, 1), NOT_KEPT)
-    return encode(
-        SoftTargets(nothing.new_zeros(1, 1).long(), nothing, torch.zeros(1), 1.0, ""), top_k
-    )[0]
-
-
-def _split(numbers_NM: torch.Tensor, size: int) -> torch.Tensor:
-    """(N, M · size) bytes of int32 numbers."""
-    shifts = 8 * torch.arange(size, dtype=torch.int32)
-    return ((numbers_NM[..., None] >> shifts) & 255).to(torch.uint8).flatten(1)
-
-
-def _join(bytes_NX: torch.Tensor, size: int) -> torch.Tensor:
-    """(N, M) int32 numbers of M · size bytes."""
-    bytes_NMx = bytes_NX.unflatten(1, (-1, size)).int()
-    numbers_NM = bytes_NMx[..., 0].clone()
-    for place in range(1, size):
-        numbers_NM |= bytes_NMx[..., place] << (8 * place)
-    return numbers_NM
 
 
 # --- what a cache was made from ------------------------------------------------------------------

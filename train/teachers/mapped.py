@@ -214,15 +214,15 @@ def _pass_on(
     `logits` (V,) are those that predict the tokens.
     """
     continuations, logits_V, device = mapping.continuations, logits[0], logits[0].device
+    spelt = continuations.bytes[tokens[0]] or b""
     if before:
-        start = continuations.bytes[tokens[0]][:before]  # type: ignore[index]
-        ids_v, pieces_v = (found.to(device) for found in continuations.behind(start))
+        ids_v, pieces_v = (found.to(device) for found in continuations.behind(spelt[:before]))
         mass_v = logits_V[ids_v].softmax(-1)
     else:
         ids_v, pieces_v = None, continuations.first_V
         mass_v = logits_V.softmax(-1)
     amounts, columns = [mass_v], [pieces_v]
-    rest = (continuations.bytes[tokens[0]] or b"")[before:]
+    rest = spelt[before:]
     held_back = tokens[0] if ids_v is None else int((ids_v == tokens[0]).nonzero()[0, 0])
     for token, next_V in zip(tokens[1:], logits[1:], strict=True):
         # What was passed on with this token of the text is spread over what follows it.
