@@ -1,5 +1,6 @@
 """Tokens that a document brings along: kept where they spell the text, and nowhere else."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -98,3 +99,9 @@ def test_bad_token_ids():
         with pytest.raises(DataError, match=r"line 7: `token_ids` must be a list of whole numbers"):
             document_of_row({"text": "x", "token_ids": value}, "line 7")
     assert document_of_row({"text": "x", "token_ids": None}, "o").tokens is None
+
+
+def test_a_cut_text_has_no_end_token():
+    document = Document(TEXT, "x", "p", cut=True, tokens=(*DRAWN, VOCAB.eos_id))
+    assert given_tokens(VOCAB, document) is None
+    assert given_tokens(VOCAB, dataclasses.replace(document, cut=False))[0] == DRAWN

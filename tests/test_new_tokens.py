@@ -122,3 +122,14 @@ def test_training_with_it(tmp_path, tokenizer_folder):
     left = recipe(ar, corpus, student={"tokenizer": tokenizer_folder})
     with pytest.raises(VocabError, match=r"tokenizers differ .*target.kind=mapped or embedding"):
         train(left, new_run(left, tmp_path / "left"))
+
+
+def test_an_old_tokenizer_with_more_tokens_than_the_model_has_rows():
+    """Some checkpoints name tokens that their weights do not have: no row to start from."""
+    old, new = read_vocab(tiny.byte_tokenizer()), vocab_of(())
+    model = tiny.tiny_model("llama", 257)
+    before_VD = model.get_input_embeddings().weight.detach().clone()
+    give_tokens(model, old, new)
+    after_WD = model.get_input_embeddings().weight.detach()
+    torch.testing.assert_close(after_WD[: len(before_VD)], before_VD)
+    torch.testing.assert_close(after_WD[new.eos_id], before_VD.mean(0))

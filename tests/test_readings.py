@@ -10,7 +10,7 @@ from test_mapped import STUDENT_WORDS, TEACHER_WORDS, TEXTS, read, vocab_of
 
 from mdm.errors import DataError
 from mdm.token_bytes import encode_with_ends, token_bytes
-from mdm.train.dataset import DataSettings, prepare
+from mdm.train.dataset import DataSettings, open_prepared, prepare
 from mdm.train.readings import Reading, Readings, ReadingWriter, chunks
 from mdm.vocab import read_vocab
 
@@ -218,3 +218,17 @@ def test_damaged_files(tmp_path):
     np.save(tmp_path / "r" / "ends.npy", np.zeros(3, np.int32))
     with pytest.raises(DataError, match="differ in length"):
         Readings(tmp_path / "r")
+
+
+def test_every_row_has_a_reading(tmp_path):
+    source = tmp_path / "rows.jsonl"
+    source.write_text(
+        "".join(json.dumps({"prompt": "x", "response": f"{i}"}) + "\n" for i in (1, 2))
+    )
+    settings = DataSettings(sources=(str(source),), length=48, held_out_fraction=0)
+    data = prepare(settings, STUDENT, tmp_path / "data", TEACHER)
+    writer = ReadingWriter(tmp_path / "data" / "train" / "readings", 48)
+    writer.append([])
+    writer.close()
+    with pytest.raises(DataError, match="does not hold a teacher's reading of every row"):
+        open_prepared(data.directory)
