@@ -143,6 +143,7 @@ def load_denoiser(path: str | Path, *, dtype: torch.dtype = torch.float32) -> De
         load_vocab(str(path)),
         shift=settings["shift"],
         block_size=settings.get("block_size"),
+        attention=settings.get("attention"),
         lineage=lineage,
     ).eval()
 
@@ -207,6 +208,7 @@ def save_denoiser(
         "kind": "mdlm" if denoiser.block_size is None else "bd3lm",
         "shift": denoiser.shift,
         "block_size": denoiser.block_size,
+        "attention": denoiser.attention,
         "mask_token": vocab.token(denoiser.mask_id),
         "start_token": vocab.token(vocab.start_id),
         "end_token": vocab.token(vocab.eos_id),

@@ -20,6 +20,9 @@ MODEL_HELP = "Model folder.  [default: the last finished run in runs/]"
     "--width", default=1.0, show_default=True, help="Fraction of channels and heads kept."
 )
 @click.option("--random", is_flag=True, help="Random weights; SOURCE needs a config only.")
+@click.option("--kind", help="mdlm (full canvas) or bd3lm (block diffusion).  [default: mdlm]")
+@click.option("--block-size", type=int, help="bd3lm: tokens a block.  [default: 4]")
+@click.option("--attention", help="bd3lm: block, context_causal or reordered.  [default: block]")
 @click.option("--no-shift", is_flag=True, help="Predict position i from output i, not i-1.")
 @click.option("--tokenizer", help="Give it this tokenizer: a folder.  [default: SOURCE's]")
 @click.option("--mask-token", help="Special token to reuse as mask.  [default: a new one]")
@@ -32,6 +35,9 @@ def convert(
     layers: int | None,
     width: float,
     random: bool,
+    kind: str | None,
+    block_size: int | None,
+    attention: str | None,
     no_shift: bool,
     tokenizer: str | None,
     mask_token: str | None,
@@ -47,6 +53,7 @@ def convert(
     \b
     mdm convert embedded --output students/full
     mdm convert path/to/model --layers 12 --output students/half
+    mdm convert embedded --kind bd3lm --block-size 4 --output students/blocks
     """
     from .checkpoint import save_denoiser
     from .convert import StudentSettings
@@ -57,6 +64,9 @@ def convert(
         layers=layers,
         width=width,
         random=random,
+        kind=kind,
+        block_size=block_size,
+        attention=attention,
         shift=not no_shift,
         mask_token=mask_token,
         tokenizer=tokenizer,
@@ -70,9 +80,16 @@ def convert(
     millions = sum(parameter.numel() for parameter in student.parameters()) / 1e6
     click.echo(
         f"{output}: {millions:.1f}M parameters, {config.num_hidden_layers} layers, width"
-        f" {config.hidden_size}, mask {student.vocab.token(student.mask_id)} (id {student.mask_id}),"
+        f" {config.hidden_size}, {blocks_of(student)}, mask {student.vocab.token(student.mask_id)} (id {student.mask_id}),"
         f" shift {'on' if student.shift else 'off'}"
     )
+
+
+def blocks_of(student: Any) -> str:
+    """What a student sees, in words."""
+    if student.block_size is None:
+        return "full canvas"
+    return f"blocks of {student.block_size} ({student.attention})"
 
 
 @click.command(short_help="Continue a prompt or fill a hole.")

@@ -1,7 +1,7 @@
 """AR checkpoint → initial student: same weights, fewer layers, smaller width, or random weights.
 
-The student is the same architecture with bidirectional attention (`config.is_causal = False`), no
-dropout and a mask token. Layers and channels that remain keep the teacher's weights: layers evenly
+The student is the same architecture with bidirectional attention (`config.is_causal = False`; blocks
+are a matter of masks), no dropout and a mask token. Layers and channels that remain keep the teacher's weights: layers evenly
 spread from first to last, channels evenly spread ("weight selection", arXiv 2311.18823).
 """
 
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .attention import BLOCK_ATTENTIONS
 from .checkpoint import (
     is_denoiser,
     load_ar,
@@ -24,12 +25,14 @@ from .checkpoint import (
 )
 from .config import require
 from .denoiser import Denoiser
-from .errors import CheckpointError, ConfigError, VocabError
+from .errors import CheckpointError, ConfigError, VocabError, check_known
 from .new_tokens import give_tokens, set_tokens
 from .vocab import Vocab, read_vocab
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+KINDS = ("mdlm", "bd3lm")
 
 # Projections and the dimension of their weight along which attention heads lie.
 QUERY_HEADS = {("q_proj", 0), ("o_proj", 1)}
@@ -44,6 +47,9 @@ class StudentSettings:
     layers       layers kept; null = all
     width        fraction of channels and heads kept, 0 < width <= 1
     random       true = random weights in the shape of the config; no weights are read
+    kind         "mdlm": every token sees the whole canvas; "bd3lm": block diffusion; null = mdlm
+    block_size   bd3lm: tokens a block; null = 4
+    attention    bd3lm: what blocks see: block, context_causal or reordered; null = block
     shift        position i is predicted from output i - 1, as in the AR model
     mask_token   special token of the tokenizer to reuse as mask; null = add a new one
     tokenizer    another tokenizer for the student: folder, or any model; null = that of init. Its tokens
@@ -57,6 +63,9 @@ class StudentSettings:
     layers: int | None = None
     width: float = 1.0
     random: bool = False
+    kind: str | None = None
+    block_size: int | None = None
+    attention: str | None = None
     shift: bool = True
     mask_token: str | None = None
     tokenizer: str | None = None
@@ -70,6 +79,25 @@ class StudentSettings:
             self.layers is None or self.layers >= 1,
             f"student.layers must be at least 1 or null; got {self.layers}",
         )
+        if self.kind is not None:
+            check_known("student.kind", self.kind, KINDS)
+        for name in ("block_size", "attention"):
+            value = getattr(self, name)
+            require(
+                value is None or self.kind == "bd3lm",
+                f"student.{name}={value} needs student.kind=bd3lm; got kind {self.kind}",
+            )
+        require(
+            self.block_size is None or self.block_size >= 1,
+            f"student.block_size must be at least 1; got {self.block_size}",
+        )
+        if self.attention is not None:
+            check_known("student.attention", self.attention, BLOCK_ATTENTIONS)
+
+    @property
+    def blocks(self) -> int | None:
+        """Tokens a block of the student; None if it has none."""
+        return (self.block_size or 4) if self.kind == "bd3lm" else None
 
 
 def convert(settings: StudentSettings) -> Denoiser:
@@ -99,7 +127,14 @@ def convert(settings: StudentSettings) -> Denoiser:
             if field.name != "init"
         },
     }
-    return Denoiser(student, vocab, shift=settings.shift, lineage=(step,)).eval()
+    return Denoiser(
+        student,
+        vocab,
+        shift=settings.shift,
+        block_size=settings.blocks,
+        attention=settings.attention,
+        lineage=(step,),
+    ).eval()
 
 
 def student_vocab(settings: StudentSettings) -> Vocab:

@@ -1,9 +1,13 @@
 """Any `transformers` decoder LM as a denoiser: tokens in, logits for the positions asked for out.
 
 The AR shift lives here and nowhere else: callers always ask for the position they mean. A shifted
-model reads the distribution of position i from the output at position i - 1, as its AR ancestor did.
+model reads the distribution of position i from the output at position i - 1, as its AR ancestor did;
+for the first position of a block that is the clean output of the block before.
 The head runs only on the rows asked for, in chunks when a score is wanted.
-Shapes: B batch, L length, N rows asked for (row-major order of `wanted_BL`), D width, V vocabulary.
+A block diffusion model is given the clean tokens, too: it reads [x_t ; x_0] (attention.py).
+Shapes: B batch, L length, N rows asked for (row-major order of `wanted_BL`), D width, V vocabulary;
+b rows of clean tokens, of each of which B / b rows are noisy copies; S tokens of a row of [x_t ; x_0],
+M outputs that are needed.
 """
 
 from __future__ import annotations
@@ -17,7 +21,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from . import attention
-from .errors import CheckpointError
+from .attention import FULL
+from .errors import CheckpointError, ConfigError, check_known
 from .vocab import Vocab
 
 if TYPE_CHECKING:
@@ -36,6 +41,7 @@ class Denoiser(nn.Module):
     vocab       its vocabulary, with a mask id
     shift       read position i from output i - 1 (models initialised from an AR checkpoint)
     block_size  tokens a block of a block diffusion model; None = full canvas
+    attention   what its blocks see (attention.BLOCK_ATTENTIONS); None = "block", or "full" without blocks
     lineage     where the weights came from, one entry a step (conversion, training)
     """
 
@@ -46,6 +52,7 @@ class Denoiser(nn.Module):
         *,
         shift: bool,
         block_size: int | None = None,
+        attention: str | None = None,
         lineage: tuple[dict[str, Any], ...] = (),
     ) -> None:
         super().__init__()
@@ -54,6 +61,8 @@ class Denoiser(nn.Module):
         self.vocab = vocab
         self.shift = shift
         self.block_size = block_size
+        self.attention = attention or (FULL if block_size is None else "block")
+        check_attention(self.attention, block_size)
         self.lineage = lineage
         self.mask_id: int = vocab.mask_id
         # From our states to a teacher's. Only training sets and uses it; it is not saved with the model.
@@ -81,7 +90,9 @@ class Denoiser(nn.Module):
         xt_BL: torch.Tensor,
         wanted_BL: torch.Tensor,
         *,
+        x0_bL: torch.Tensor | None = None,
         document_ids_BL: torch.Tensor | None = None,
+        block_size: int | None = None,
         score: Score | None = None,
         score_inputs: tuple[torch.Tensor, ...] = (),
         with_states: bool = False,
@@ -91,9 +102,13 @@ class Denoiser(nn.Module):
         With `score`, logits exist only for a chunk of rows at a time and are recomputed in the
         backward pass; each of `score_inputs` has N rows, the result is the scores of all N rows.
         `with_states` gives it the states (n, D) that the logits are made of as second argument.
-        The logits of the mask token and of unused rows of the head are -inf.
+        A model with blocks, and no other, needs the clean tokens `x0_bL` of its b rows, each of which may
+        have several noisy copies: B is a multiple of b, and the first b rows are the first copies. It takes
+        `block_size` in place of its own if that is given. The logits of the mask token and of unused rows of the head are -inf.
         """
-        rows_ND = self.rows(xt_BL, wanted_BL, document_ids_BL=document_ids_BL)
+        rows_ND = self.rows(
+            xt_BL, wanted_BL, x0_bL=x0_bL, document_ids_BL=document_ids_BL, block_size=block_size
+        )
         if score is None:
             return self.head(rows_ND)
 
@@ -115,9 +130,17 @@ class Denoiser(nn.Module):
         xt_BL: torch.Tensor,
         wanted_BL: torch.Tensor,
         *,
+        x0_bL: torch.Tensor | None = None,
         document_ids_BL: torch.Tensor | None = None,
+        block_size: int | None = None,
     ) -> torch.Tensor:
         """(N, D) inputs of the head for the wanted positions."""
+        assert (x0_bL is None) == (self.block_size is None), "blocks need the clean tokens"
+        if x0_bL is not None:
+            if document_ids_BL is None:
+                document_ids_BL = torch.zeros_like(xt_BL)
+            size = block_size or self.block_size or 1
+            return self._block_rows(xt_BL, wanted_BL, x0_bL, document_ids_BL[: len(x0_bL)], size)
         if self.shift:
             assert not bool(wanted_BL[:, 0].any()), (
                 "position 0 of a shifted model has no predecessor"
@@ -126,9 +149,47 @@ class Denoiser(nn.Module):
         layout = attention_layout(
             document_ids_BL, xt_BL, self.model.dtype, causal=False, always=self.always_mask
         )
+        return self._outputs(xt_BL, wanted_BL, layout)
+
+    def _block_rows(
+        self,
+        xt_BL: torch.Tensor,
+        wanted_BL: torch.Tensor,
+        x0_bL: torch.Tensor,
+        document_ids_bL: torch.Tensor,
+        block_size: int,
+    ) -> torch.Tensor:
+        """(N, D) inputs of the head for the wanted positions, from one pass over [x_t ; x_0]."""
+        rows, length = x0_bL.shape
+        copies = len(xt_BL) // rows
+        tokens = attention.two_stream(document_ids_bL, xt_BL == self.mask_id)
+        visible_bSS = attention.block_visible(tokens, tokens, block_size, self.attention)
+        layout = {
+            "attention_mask": attention.float_mask(visible_bSS, self.model.dtype),
+            "position_ids": tokens.position,
+        }
+        row_N, place_N = wanted_BL.nonzero(as_tuple=True)
+        stream_N, row_N = row_N // rows, row_N % rows
+        if self.shift:
+            position_N = tokens.position[row_N, place_N]
+            assert bool((position_N > 0).all()), "position 0 of a shifted model has no predecessor"
+            stream_N = torch.where(position_N % block_size == 0, copies, stream_N)
+            place_N = place_N - 1
+        place_N = stream_N * length + place_N
+        needed_bS = torch.zeros_like(tokens.masked)
+        needed_bS[row_N, place_N] = True
+        x_bS = torch.cat([*xt_BL.chunk(copies), x0_bL], dim=1)
+        # Copies of a row may need one and the same clean output.
+        number_bS = needed_bS.flatten().cumsum(0).view_as(needed_bS) - 1
+        return self._outputs(x_bS, needed_bS, layout)[number_bS[row_N, place_N]]
+
+    def _outputs(
+        self, x_BL: torch.Tensor, needed_BL: torch.Tensor, layout: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """(M, D) inputs of the head at the outputs that are needed; (M, V) logits if it is not plain."""
         if self.plain_head:
-            return self.model.base_model(xt_BL, use_cache=False, **layout)[0][wanted_BL]
-        return self.model(xt_BL, use_cache=False, logits_to_keep=wanted_BL, **layout).logits
+            return self.model.base_model(x_BL, use_cache=False, **layout)[0][needed_BL]
+        return self.model(x_BL, use_cache=False, logits_to_keep=needed_BL, **layout).logits
 
     def head(self, rows_ND: torch.Tensor) -> torch.Tensor:
         """(N, V) float32 logits from the inputs of the head; -inf where no token can be sampled."""
@@ -141,6 +202,16 @@ class Denoiser(nn.Module):
     def raw_head(self, rows_ND: torch.Tensor) -> torch.Tensor:
         """(N, V) logits as the model gives them, the mask token's included."""
         return self.model.get_output_embeddings()(rows_ND) if self.plain_head else rows_ND
+
+
+def check_attention(name: str, block_size: int | None) -> None:
+    """Raise ConfigError unless the attention is known and fits the presence of blocks."""
+    check_known("attention", name, attention.ATTENTIONS)
+    if (name == FULL) != (block_size is None):
+        raise ConfigError(
+            f"attention={name} with block_size={block_size}: a model has blocks and one of"
+            f" {', '.join(attention.BLOCK_ATTENTIONS)}, or no blocks and attention=full"
+        )
 
 
 def row_chunks(rows: int, width: int) -> Iterator[slice]:

@@ -33,6 +33,7 @@ ROOMS = (
     "diffusion",
     "denoiser",
     "cache",
+    "published",
     "checkpoint",
     "new_tokens",
     "convert",
