@@ -34,13 +34,10 @@ from mdm.denoiser import Denoiser
 from mdm.diffusion import generator
 from mdm.errors import check_known
 from mdm.record import append_record, make_record
-from mdm.train.objective import (
-    MaskedBatch,
-    ObjectiveSettings,
-    loss_sums,
-    mask_batch,
-    soft_targets,
-)
+from mdm.train.asking import soft_targets
+from mdm.train.loss_sums import loss_sums
+from mdm.train.masking import MaskedBatch, mask_batch
+from mdm.train.objective import ObjectiveSettings
 from mdm.train.optimizer import WeightAverage, adamw
 from mdm.train.placement import MaskSettings
 from mdm.train.targets import SoftTargets, TargetSettings

@@ -38,7 +38,8 @@ from mdm.denoiser import Denoiser
 from mdm.diffusion import apply_mask, mask_exactly, row_uniforms
 from mdm.errors import check_known
 from mdm.record import append_record, make_record
-from mdm.train.objective import MaskedBatch, own_distributions
+from mdm.train.asking import own_distributions
+from mdm.train.masking import MaskedBatch
 from mdm.train.supervision import DTYPES
 from mdm.train.targets import Question, SoftTargets, TargetSettings
 from mdm.train.teachers.ar import ARTeacher, load_teacher

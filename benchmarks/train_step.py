@@ -28,7 +28,10 @@ from mdm.config import require
 from mdm.convert import StudentSettings, convert
 from mdm.denoiser import Denoiser
 from mdm.record import append_record, make_record, to_json
-from mdm.train.objective import MaskedBatch, ObjectiveSettings, loss_sums, mask_batch, soft_targets
+from mdm.train.asking import soft_targets
+from mdm.train.loss_sums import loss_sums
+from mdm.train.masking import MaskedBatch, mask_batch
+from mdm.train.objective import ObjectiveSettings
 from mdm.train.placement import MaskSettings
 from mdm.train.targets import TargetSettings
 from mdm.train.teachers.ar import ARTeacher, load_teacher
@@ -150,7 +153,7 @@ def mdm_loss(setting: Setting) -> torch.Tensor:
     """The step as the trainer takes it."""
     batch = setting.batch
     targets = soft_targets(setting.teacher, batch, TARGET, OBJECTIVE.kd_temperature)
-    ce, kd = loss_sums(setting.denoiser, batch, targets, OBJECTIVE) / batch.denominator
+    ce, kd, _ = loss_sums(setting.denoiser, batch, targets, OBJECTIVE) / batch.denominator
     return (1 - OBJECTIVE.kd_lambda) * ce + OBJECTIVE.kd_lambda * kd
 
 

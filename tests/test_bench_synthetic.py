@@ -14,7 +14,7 @@ from mdm.benchmarks import study_report as report
 from mdm.benchmarks import synthetic as bench
 from mdm.benchmarks import synthetic_language as language
 from mdm.errors import ConfigError, MdmError
-from mdm.train.objective import loss_sums
+from mdm.train.loss_sums import loss_sums
 
 WORDS, LENGTH = 3, 4
 SMALL = bench.SyntheticBench(

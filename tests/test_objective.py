@@ -11,16 +11,11 @@ import torch
 from tiny_run import VOCAB, ar_folder, ar_teacher, tiny_denoiser
 
 from mdm.errors import ConfigError
-from mdm.train import objective
+from mdm.train.asking import soft_targets
 from mdm.train.checks import check_objective
-from mdm.train.objective import (
-    ObjectiveSettings,
-    kd_lambda_at,
-    loss_meaning,
-    loss_sums,
-    mask_batch,
-    soft_targets,
-)
+from mdm.train.loss_sums import loss_sums
+from mdm.train.masking import WEIGHTS, mask_batch
+from mdm.train.objective import ObjectiveSettings, loss_meaning, term_weights
 from mdm.train.placement import MaskSettings
 from mdm.train.targets import SoftTargets, TargetSettings
 
@@ -69,7 +64,7 @@ def four_standard_errors(values):
 # --- masks ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("masking", objective.MASKINGS)
+@pytest.mark.parametrize("masking", ["rate", "exact"])
 def test_only_maskable_tokens_are_masked_and_nothing_else_changes(masking):
     data = rows(200)
     batch = drawn(data, masking=masking)
@@ -136,7 +131,7 @@ def test_the_rate_weight_is_at_most_that_of_min_t(schedule):
 def test_a_row_without_anything_to_mask():
     data = rows(2)
     data[2][1] = False
-    for masking in objective.MASKINGS:
+    for masking in ("rate", "exact"):
         batch = drawn(data, masking=masking, kd_positions=2)
         assert not batch.masked_BL[1].any()
         assert batch.ce_weight_BL.isfinite().all()
@@ -248,17 +243,17 @@ def test_which_positions_get_which_term():
 # --- sums over a micro-batch ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("masking", objective.MASKINGS)
-@pytest.mark.parametrize("weight", objective.WEIGHTS)
+@pytest.mark.parametrize("masking", ["rate", "exact"])
+@pytest.mark.parametrize("weight", WEIGHTS)
 @pytest.mark.parametrize(("kd_lambda", "temperature"), [(0.3, 1.0), (1.0, 2.0), (0.7, 0.5)])
 def test_the_loss_by_definition(student, teacher, masking, weight, kd_lambda, temperature):
     settings = {"masking": masking, "weight": weight, "kd_lambda": kd_lambda}
     settings |= {"kd_temperature": temperature}
     batch = drawn(rows(3), **settings)
     targets = soft_targets(teacher, batch, EVERYTHING, temperature)
-    sums_2 = loss_sums(student, batch, targets, ObjectiveSettings(**settings))
-    mix = torch.tensor([1 - kd_lambda, kd_lambda])
-    found = (sums_2 * mix).sum() / batch.denominator
+    sums_3 = loss_sums(student, batch, targets, ObjectiveSettings(**settings))
+    mix = torch.tensor([1 - kd_lambda, kd_lambda, 0])
+    found = (sums_3 * mix).sum() / batch.denominator
 
     # Rows are packed: each document alone, without mask, through the plain modules.
     # The mask, the last token of the student, cannot occur and has no column.
@@ -298,7 +293,7 @@ def test_chunks_and_micro_batches_change_nothing(student, teacher, chunk_bytes, 
     whole = loss_sums(student, batch, targets, settings)
     monkeypatch.setattr("mdm.denoiser.CHUNK_BYTES", chunk_bytes)
     torch.testing.assert_close(loss_sums(student, batch, targets, settings), whole)
-    parts = torch.zeros(2)
+    parts = torch.zeros(3)
     for samples in ([0], [1, 2], [3]):
         part = drawn(rows(len(samples)), samples=samples, per_step=4, kd_positions=2,
                      ce_positions="rest")  # fmt: skip
@@ -309,7 +304,7 @@ def test_chunks_and_micro_batches_change_nothing(student, teacher, chunk_bytes, 
 
 def test_without_targets_there_is_no_second_term(student):
     batch = drawn(rows(2), kd_lambda=0.0)
-    ce, kd = loss_sums(student, batch, None, ObjectiveSettings(kd_lambda=0.0)).tolist()
+    ce, kd, _ = loss_sums(student, batch, None, ObjectiveSettings(kd_lambda=0.0)).tolist()
     assert ce > 0
     assert kd == 0
 
@@ -320,9 +315,9 @@ def test_a_micro_batch_without_masks_still_has_gradients(student):
     data[2][:] = False
     batch = drawn(data)
     none = SoftTargets(torch.empty(0, 4).long(), torch.empty(0, 4), torch.empty(0), 1.0, "left")
-    sums_2 = loss_sums(student, batch, none, ObjectiveSettings())
-    assert sums_2.tolist() == [0, 0]
-    sums_2.sum().backward()
+    sums_3 = loss_sums(student, batch, none, ObjectiveSettings())
+    assert sums_3.tolist() == [0, 0, 0]
+    sums_3.sum().backward()
     assert all(p.grad is not None and (p.grad == 0).all() for p in student.parameters())
     student.zero_grad(set_to_none=True)
 
@@ -368,8 +363,15 @@ def test_what_the_loss_means_is_said():
 
 def test_kd_weight_ramps():
     settings = ObjectiveSettings(kd_lambda=0.8, kd_ramp_steps=4)
-    assert [kd_lambda_at(settings, s) for s in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8])
-    assert kd_lambda_at(dataclasses.replace(settings, kd_ramp_steps=0), 0) == 0.8
+    found = [term_weights(settings, s, teacher=True) for s in range(5)]
+    assert [kd for _, kd, _ in found] == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8])
+    assert [ce for ce, _, _ in found] == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.2])
+    at_once = dataclasses.replace(settings, kd_ramp_steps=0)
+    assert term_weights(at_once, 0, teacher=True)[1] == 0.8
+    assert term_weights(at_once, 0, teacher=False) == (1, 0, 0)
+    added = ObjectiveSettings(kd_weight=3.0, kd_ramp_steps=2, ar_weight=0.25)
+    assert term_weights(added, 0, teacher=True) == (1, 1.5, 0.25)
+    assert term_weights(added, 1, teacher=True) == (1, 3, 0.25)
 
 
 @pytest.mark.parametrize(

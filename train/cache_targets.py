@@ -24,7 +24,7 @@ from mdm.errors import CheckpointError, ConfigError, TrainingError
 from . import processes
 from .arrays import GrowingArray
 from .dataset import PreparedData
-from .objective import MaskedBatch
+from .masking import MaskedBatch
 from .recipe import Recipe
 from .rows import Rows
 from .run import initial_vocab, prepare_data

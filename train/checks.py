@@ -2,46 +2,164 @@
 
 from __future__ import annotations
 
+from mdm.attention import BLOCK_ATTENTIONS
+from mdm.config import require
 from mdm.errors import ConfigError, check_known
 
+from .lambdas import MixSettings
 from .losses import check_tail
 from .objective import ObjectiveSettings
+from .placement import BY_CHUNK, MaskSettings
 from .targets import TargetSettings
+from .teachers.denoised import CHUNKS, SEES_MASKS
 from .teachers.foreign import FOREIGN
 from .teachers.kinds import SAMPLED, TARGETS
 
 
-def check_objective(objective: ObjectiveSettings, target: TargetSettings) -> None:
+def check_objective(
+    objective: ObjectiveSettings,
+    target: TargetSettings,
+    masks: MaskSettings = MaskSettings(),
+    mix: MixSettings = MixSettings(),
+) -> None:
     """Settings that are each right but do not fit together: raise ConfigError."""
-    check_known("target.kind", target.kind, (*TARGETS, *FOREIGN))
-    if objective.kd_lambda > 0:
+    check_known("target.kind", target.kind, (*TARGETS, *FOREIGN, *SEES_MASKS))
+    require(
+        not objective.complementary or masks.where == "uniform",
+        f"objective.complementary with masks.where={masks.where}: only uniform masks have a complement"
+        " of the same kind; leave one of them out",
+    )
+    require(
+        objective.masking != "clipped" or masks.where == "uniform",
+        f"objective.masking=clipped with masks.where={masks.where}: set masks.where=uniform",
+    )
+    by_chunk = objective.distils and target.kind == CHUNKS
+    require(
+        (masks.where in BY_CHUNK) == by_chunk,
+        f"masks.where={masks.where} with target.kind={target.kind}: chunks of two tokenizations are"
+        f" masked together ({', '.join(BY_CHUNK)}) where a teacher is asked for them, and only there",
+    )
+    if objective.distils:
+        _check_target(objective, target)
+        _check_meaningless(objective, target)
+        if mix.active and target.kind in ("embedding", *SAMPLED):
+            raise ConfigError(
+                f"mix.first={mix.first}, mix.last={mix.last}, mix.by_noise={mix.by_noise} mix"
+                f" distributions, which target.kind={target.kind} does not give exactly; leave mix out"
+            )
+        if mix.active and objective.tail == "partial":
+            raise ConfigError(
+                "objective.tail=partial takes a part of the distributions, which cannot be mixed; set"
+                " objective.tail=bucket, or leave mix out"
+            )
+
+
+def _check_target(objective: ObjectiveSettings, target: TargetSettings) -> None:
+    if target.kind in FOREIGN and target.infill:
+        raise ConfigError(
+            f"target.infill={target.infill} with target.kind={target.kind}: a teacher with another"
+            " tokenizer reads the text from the left only; leave target.infill out"
+        )
+    if target.kind in SAMPLED:
+        _check_sampled(objective, target.kind)
+    if target.comp_demo and target.kind not in SEES_MASKS:
+        raise ConfigError(
+            f"target.comp_demo={target.comp_demo} with target.kind={target.kind}: this teacher does not"
+            f" see masks; set target.kind to one of {', '.join(SEES_MASKS)}, or leave comp_demo out"
+        )
+    if target.kind in SEES_MASKS:
+        for name in ("infill", "top_p"):
+            value = getattr(target, name)
+            if value != getattr(TargetSettings(), name):
+                raise ConfigError(
+                    f"target.{name}={value} means nothing with target.kind={target.kind}, which asks a"
+                    " diffusion model for whole distributions; leave it out"
+                )
+    elif target.kind != "embedding":
         # `mapped` leaves a single token where only one can go on, with nothing outside.
         truncated = target.kind != "left" or target.top_p < 1
-        if target.kind in FOREIGN and target.infill:
-            raise ConfigError(
-                f"target.infill={target.infill} with target.kind={target.kind}: a teacher with another"
-                " tokenizer reads the text from the left only; leave target.infill out"
-            )
-        if target.kind in SAMPLED:
-            _check_sampled(objective, target.kind)
-        _check_distance(objective, target.kind)
-        if target.kind != "embedding":
-            check_tail(objective.divergence, objective.tail, truncated=truncated)
+        check_tail(objective.divergence, objective.tail, truncated=truncated)
+    if target.kind == CHUNKS:
+        require(
+            objective.noise == "row"
+            and objective.kd_positions == 0
+            and not objective.complementary,
+            f"target.kind={CHUNKS} masks whole chunks of a row and distils all of them: set"
+            " objective.noise=row, kd_positions=0 and complementary=false",
+        )
 
 
-def _check_distance(objective: ObjectiveSettings, kind: str) -> None:
-    """States have a distance, distributions a divergence: the settings of the other mean nothing."""
-    others = ("distance",) if kind != "embedding" else (
-        "divergence", "jsd_beta", "tail", "kd_temperature"
-    )  # fmt: skip
-    for name in others:
+# Settings that go with some ways of comparing only, and what else compares.
+_OTHERS = {
+    "embedding": (
+        ("divergence", "jsd_beta", "tail", "kd_temperature", "temperature_squared", "chunk_loss"),
+        "compares states by objective.distance",
+    ),
+    CHUNKS: (
+        ("divergence", "jsd_beta", "tail", "distance"),
+        "compares likelihoods by objective.chunk_loss",
+    ),
+    "denoised": (("tail", "distance", "chunk_loss"), "compares whole distributions"),
+}
+
+
+def _check_meaningless(objective: ObjectiveSettings, target: TargetSettings) -> None:
+    """States have a distance, distributions a divergence, chunks a loss of their own."""
+    names, compares = _OTHERS.get(
+        target.kind, (("distance", "chunk_loss"), "compares distributions")
+    )
+    for name in names:
         value = getattr(objective, name)
         if value != getattr(ObjectiveSettings(), name):
-            compared = "states by objective.distance" if kind == "embedding" else "distributions"
             raise ConfigError(
-                f"objective.{name}={value} means nothing with target.kind={kind}, which compares"
-                f" {compared}; leave it out"
+                f"objective.{name}={value} means nothing with target.kind={target.kind}, which"
+                f" {compares}; leave it out"
             )
+
+
+def check_blocks(
+    objective: ObjectiveSettings,
+    eos_block: int,
+    *,
+    block_size: int | None,
+    attention: str,
+    shift: bool,
+) -> None:
+    """Settings that need a student with blocks, or other blocks: raise ConfigError.
+
+    `eos_block` is that of the data, 0 if nothing is padded to it.
+    """
+    wants = {
+        "noise": objective.noise == "block",
+        "ar_weight": objective.ar_weight > 0,
+        "grow_from": objective.grow_from > 0,
+    }
+    if block_size is None:
+        asked = [name for name, wanted in wants.items() if wanted]
+        require(
+            not asked,
+            f"objective.{asked[0] if asked else ''} is for block diffusion students, and this one"
+            " reads the full canvas; set student.kind=bd3lm, or leave it out",
+        )
+        return
+    require(
+        eos_block % block_size == 0,
+        f"data.eos_block={eos_block} ends responses inside a block of {block_size} tokens; make it a"
+        " multiple of student.block_size, or set data.eos_padding to none or row",
+    )
+    doublings = block_size / max(1, objective.grow_from)
+    require(
+        not objective.grow_from or doublings in (2**k for k in range(1, 24)),
+        f"objective.grow_from={objective.grow_from} does not become the block size {block_size} by"
+        " doubling",
+    )
+    causal = BLOCK_ATTENTIONS[attention].clean_causal
+    require(
+        not objective.ar_weight or (shift and causal),
+        f"objective.ar_weight={objective.ar_weight} trains clean tokens to predict the next one, which"
+        f" needs student.shift=true and an attention that is causal there (context_causal); got"
+        f" shift={shift}, attention={attention}",
+    )
 
 
 def _check_sampled(objective: ObjectiveSettings, kind: str) -> None:

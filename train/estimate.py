@@ -79,7 +79,7 @@ def describe(recipe: Recipe, processes: int = 1) -> str:
         lines.append(
             f"            {student.adapters / 1e6:.1f}M more in adapters, which alone are trained"
         )
-    if recipe.objective.kd_lambda == 0:
+    if not recipe.objective.distils:
         lines.append("teacher     none (objective.kd_lambda is 0)")
     elif not needs_teacher(recipe):
         check_cacheable(recipe)

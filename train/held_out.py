@@ -132,6 +132,7 @@ def _evaluate(
     scored_N2 = denoiser(
         xt_BL.to(device),
         masked_BL.to(device),
+        x0_bL=None if denoiser.block_size is None else data.tokens_BL.to(device),
         document_ids_BL=data.document_ids_BL.to(device),
         score=score,
         score_inputs=(data.tokens_BL[masked_BL].to(device),),

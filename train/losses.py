@@ -71,6 +71,24 @@ def jsd(log_p_nK: torch.Tensor, log_q_nK: torch.Tensor, *, beta: float) -> torch
     return beta * forward_kl(log_p_nK, log_m_nK) + (1 - beta) * forward_kl(log_q_nK, log_m_nK)
 
 
+def mixed(log_p_nK: torch.Tensor, log_q_nK: torch.Tensor, share_n: torch.Tensor) -> torch.Tensor:
+    """(n, K) log r, r ∝ q^(1-λ) p^λ: a target on the way from the student's q to the teacher's p.
+
+    λ is `share_n`, in [0, 1]. Mixing logits is the same, as constants of a row drop out (TAID, 2501.16937;
+    TIDE, 2604.26951, of logits / temperature). r is a constant: no gradient flows into it. KL(r ‖ q) is 0
+    at λ = 0. float32 or better. Where p and q have no outcome in common r is q: nothing to learn.
+    """
+    dtype = torch.promote_types(log_q_nK.dtype, torch.float32)
+    log_p_nK, log_q_nK = log_p_nK.detach().to(dtype), log_q_nK.detach().to(dtype)
+    share_n1 = share_n.detach().to(dtype)[:, None]
+    # p^0 and q^0 are 1 for probabilities of 0 too.
+    of_p_nK = torch.where(share_n1 > 0, share_n1 * log_p_nK, 0.0)
+    of_q_nK = torch.where(share_n1 < 1, (1 - share_n1) * log_q_nK, 0.0)
+    log_r_nK = of_p_nK + of_q_nK
+    total_n1 = log_r_nK.logsumexp(-1, keepdim=True)
+    return torch.where(total_n1 > float("-inf"), log_r_nK - total_n1, log_q_nK)
+
+
 def distillation(
     logits_nV: torch.Tensor,
     token_ids_nK: torch.Tensor,

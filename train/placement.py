@@ -10,6 +10,7 @@ maskable tokens of the row, M the set of masked positions.
     tilted     a set M is Σ_M c times as likely as it was     w E[Σ_M c] / Σ_M c  the same bound
     weighted   token i with probability m^(1/c_i)             w / c_i             no bound
     spans      neighbours together (masking=rate)             w                   a looser bound
+    chunks     chunks together (masking=rate)                 w                   a looser bound
 
 tilted    One position is drawn with probability c_i / C, the others as usual (rate: independently;
           exact: l - 1 of them). That tilts the law of M by Σ_M c / E[Σ_M c], E = m C or (l / L) C, and
@@ -23,6 +24,12 @@ weighted  d/dt m^(1/c) / m^(1/c) = m' / (c m): every token counts once, as in th
 spans     Runs of maskable tokens of one document are cut at random (not looking at the tokens) into
           pieces of geometric length; the tokens of a piece share one uniform. The loss is the bound of
           a decoder that fills a piece at once, its tokens independently.
+
+chunks    Chunks are the shortest spans on whose ends the tokenizations of student and teacher agree. As
+          spans; `chunks` draws one uniform for a chunk. chunks_published draws one for a token and masks
+          a chunk if one of its n tokens is hit, with probability 1 - (1-t)^n; it keeps 1/t, so a chunk
+          counts 1 + 1/2 + … + 1/n times (TIDE, arXiv 2604.26951, as released). chunks_corrected masks in
+          the same way and weighs by n (1-t)^(n-1) / (1 - (1-t)^n), the weight of the bound for that rate.
 
 Distilled are kd_positions of the masked ones, k of m, token i with probability q_i:
 
@@ -44,6 +51,7 @@ from mdm.config import require
 from mdm.diffusion import mask_exactly
 from mdm.errors import check_known
 
+from .chunk_masks import any_of_chunk, chunk_sizes, corrected_weight, shared_uniforms
 from .weighting import CLASSES, NO_LANGUAGE
 
 # Uniforms in [0, 1) by name, (B, L): functions of (name, seed, step, sample) alone.
@@ -55,7 +63,8 @@ class MaskSettings:
     """Where masks fall; see train/placement.py for what each does to the loss.
 
     where       "uniform"; "tilted": heavy classes more often, still the bound; "weighted": heavy classes
-                more often and longer, no bound; "spans": neighbouring tokens together
+                more often and longer, no bound; "spans": neighbouring tokens together; target.kind=chunks
+                needs chunks, chunks_published or chunks_corrected: chunks of two tokenizations together
     distilled   which masked positions objective.kd_positions chooses: "uniform", or "weighted": heavy
                 classes more often
     identifier  weight of names, where something is weighted; the share of masks rises with it
@@ -103,23 +112,26 @@ class Noise:
     weight_B  w of the bound
     mask      (maskable_BL, uniforms_BL, taken) -> masked_BL, where `taken` positions of each row, not
               among the maskable ones, are masked already and count
-    least     m at the lowest noise level; None with masking=exact
+    least     m at the lowest noise level; None but with masking=rate
+    level_B   t: 0 is clean, 1 all mask
     """
 
     share_B: torch.Tensor
     weight_B: torch.Tensor
     mask: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
     least: float | None
+    level_B: torch.Tensor
 
 
 @dataclasses.dataclass(frozen=True)
 class Ground:
     """Where masks can fall: maskable positions (bool), their documents and class weights c (0 elsewhere,
-    float64)."""
+    float64), and the chunks they lie in, if two tokenizations were aligned (-1 = in none)."""
 
     maskable_BL: torch.Tensor
     document_ids_BL: torch.Tensor
     c_BL: torch.Tensor
+    chunk_BL: torch.Tensor | None = None
 
 
 def class_weights(settings: MaskSettings, classes_BL: torch.Tensor) -> torch.Tensor:
@@ -133,7 +145,7 @@ def check_masks(
     *,
     masking: str,
     language: str,
-    kd_lambda: float,
+    distils: bool,
     kd_positions: int,
     ce_positions: str,
 ) -> None:
@@ -149,12 +161,12 @@ def check_masks(
         " tokens: set data.language=auto, or the name of the language",
     )
     require(
-        settings.distilled == "uniform" or kd_positions > 0 or kd_lambda == 0,
+        settings.distilled == "uniform" or kd_positions > 0 or not distils,
         f"masks.distilled={settings.distilled} has nothing to choose when all masked positions are"
         " distilled; set objective.kd_positions to 1 or more",
     )
     require(
-        settings.distilled == "uniform" or ce_positions == "all" or kd_lambda == 0,
+        settings.distilled == "uniform" or ce_positions == "all" or not distils,
         f"masks.distilled={settings.distilled} distils some tokens nearly always, so the cross-entropy"
         " would hardly see them; set objective.ce_positions=all",
     )
@@ -219,7 +231,43 @@ def span_starts(ground: Ground, length: float, uniforms_BL: torch.Tensor) -> tor
     return maskable_BL & (~goes_on_BL | (uniforms_BL < 1 / length))
 
 
-PLACES = {"uniform": _uniform, "tilted": _tilted, "weighted": _weighted, "spans": _spans}
+def _chunks(
+    settings: MaskSettings, noise: Noise, ground: Ground, uniforms: Uniforms
+) -> tuple[torch.Tensor, torch.Tensor]:
+    assert ground.chunk_BL is not None, "check_masks refuses a target without chunks"
+    shared_BL = shared_uniforms(uniforms("mask"), ground.chunk_BL)
+    return noise.mask(ground.maskable_BL, shared_BL, 0), noise.weight_B[:, None]
+
+
+def _chunks_published(
+    settings: MaskSettings, noise: Noise, ground: Ground, uniforms: Uniforms
+) -> tuple[torch.Tensor, torch.Tensor]:
+    assert ground.chunk_BL is not None, "check_masks refuses a target without chunks"
+    masked_BL = noise.mask(ground.maskable_BL, uniforms("mask"), 0)
+    together_BL = any_of_chunk(masked_BL, ground.chunk_BL) & ground.maskable_BL
+    return together_BL, noise.weight_B[:, None]
+
+
+def _chunks_corrected(
+    settings: MaskSettings, noise: Noise, ground: Ground, uniforms: Uniforms
+) -> tuple[torch.Tensor, torch.Tensor]:
+    assert ground.chunk_BL is not None, "check_masks refuses a target without chunks"
+    masked_BL, _ = _chunks_published(settings, noise, ground, uniforms)
+    weight_BL = corrected_weight(noise.share_B, chunk_sizes(ground.chunk_BL))
+    # That is of the linear schedule; the other factor is 1 there.
+    return masked_BL, weight_BL * (noise.share_B * noise.weight_B)[:, None]
+
+
+PLACES = {
+    "uniform": _uniform,
+    "tilted": _tilted,
+    "weighted": _weighted,
+    "spans": _spans,
+    "chunks": _chunks,
+    "chunks_published": _chunks_published,
+    "chunks_corrected": _chunks_corrected,
+}
+BY_CHUNK = ("chunks", "chunks_published", "chunks_corrected")
 
 # What the loss estimates, for the log; held-out rows are always masked uniformly.
 MEANINGS = {
@@ -227,6 +275,10 @@ MEANINGS = {
     "tilted": "the likelihood bound per token",
     "weighted": "no likelihood bound, as where masks fall depends on the text",
     "spans": "the likelihood bound per token of a decoder that fills a span at once",
+    "chunks": "the likelihood bound per token of a decoder that is told the chunks and fills one at once",
+    "chunks_published": "no likelihood bound, as long chunks count more",
+    "chunks_corrected": "the likelihood bound per token of a decoder that is told the chunks and fills"
+    " one at once",
 }
 
 

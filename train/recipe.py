@@ -17,6 +17,7 @@ from mdm.errors import ConfigError, check_known, unknown
 
 from .checks import check_objective
 from .dataset import DataSettings
+from .lambdas import MixSettings
 from .objective import ObjectiveSettings
 from .optimizer import LR_SCHEDULES
 from .placement import MaskSettings, check_masks
@@ -29,19 +30,22 @@ SHARDINGS = ("none", "full")
 
 @dataclasses.dataclass(frozen=True)
 class TeacherSettings:
-    """The AR teacher.
+    """The teacher: an AR model, or for target.kind=denoised and chunks a diffusion model.
 
-    model         folder, .gguf file, hub name or "embedded"; not loaded if objective.kd_lambda is 0. With
-                  target.cache also weights:HASH, where the weights themselves are not at hand
+    model         AR: folder, .gguf file, hub name or "embedded"; diffusion: a folder of mdm or a published
+                  one. Not loaded if objective.kd_lambda is 0. With target.cache also weights:HASH, where
+                  the weights themselves are not at hand
     dtype         of its weights: bf16 or fp32
     quantization  int8 or nf4: linear layers in 8 or 4 bits (`pip install mdm-code[quant]`); "" = off
     offload       weights stay in CPU memory and go to the device layer by layer: slow, but it fits
+    trust_remote_code  a published diffusion model may run code that comes with it; only for code you trust
     """
 
     model: str = "embedded"
     dtype: str = "bf16"
     quantization: str = ""
     offload: bool = False
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         check_known("teacher.dtype", self.dtype, PRECISIONS)
@@ -155,6 +159,7 @@ class Recipe:
     target: TargetSettings = TargetSettings()
     objective: ObjectiveSettings = ObjectiveSettings()
     masks: MaskSettings = MaskSettings()
+    mix: MixSettings = MixSettings()
     train: TrainSettings = TrainSettings()
 
     def __post_init__(self) -> None:
@@ -166,12 +171,12 @@ class Recipe:
             self.data.held_out_fraction > 0,
             "data.held_out_fraction must be above 0: training reports the bound on held-out rows",
         )
-        check_objective(self.objective, self.target)
+        check_objective(self.objective, self.target, self.masks, self.mix)
         check_masks(
             self.masks,
             masking=self.objective.masking,
             language=self.data.language,
-            kd_lambda=self.objective.kd_lambda,
+            distils=self.objective.distils,
             kd_positions=self.objective.kd_positions,
             ce_positions=self.objective.ce_positions,
         )

@@ -29,6 +29,7 @@ from mdm.record import append_record, commit, make_record, peak_rss_bytes
 from mdm.vocab import Vocab
 
 from . import processes
+from .checks import check_blocks
 from .dataset import PreparedData, open_prepared, prepare, reader_identity
 from .held_out import HeldOut, held_out_bound
 from .lora import merged, with_adapters
@@ -39,6 +40,7 @@ from .recipe import Recipe
 from .sharding import check_sharding, shared_student, whole_state
 from .state import save_state, saved_steps
 from .supervision import Ask, bind, open_teacher, require_context
+from .teachers.ar import ARTeacher
 from .teachers.foreign import projection
 
 WRITTEN = (
@@ -128,8 +130,15 @@ def start(recipe: Recipe, folder: Path) -> Run:
     check_sharding(recipe)
     torch.manual_seed(settings.seed)
     denoiser = with_adapters(initial_student(recipe), settings)
+    check_blocks(
+        recipe.objective,
+        recipe.data.eos_block if recipe.data.eos_padding == "block" else 0,
+        block_size=denoiser.block_size,
+        attention=denoiser.attention,
+        shift=denoiser.shift,
+    )
     teacher = open_teacher(recipe, denoiser.vocab)
-    if recipe.target.kind == "embedding" and teacher is not None:
+    if recipe.target.kind == "embedding" and isinstance(teacher, ARTeacher):
         denoiser.projection = projection(denoiser, teacher)
     data = prepare_data(recipe, denoiser.vocab, folder, teacher.vocab if teacher else None)
     require_classes(recipe, data)

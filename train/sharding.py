@@ -47,7 +47,7 @@ HALF = MixedPrecisionPolicy(
 def check_sharding(recipe: Recipe) -> None:
     """Raise ConfigError if the teacher cannot be sharded, or processes would ask it unequally often."""
     target, teacher = recipe.target, recipe.teacher
-    if recipe.train.sharding == "none" or recipe.objective.kd_lambda == 0 or target.cache:
+    if recipe.train.sharding == "none" or not recipe.objective.distils or target.cache:
         return
     if teacher.quantization or teacher.offload:
         name = "offload" if teacher.offload else "quantization"

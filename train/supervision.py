@@ -16,17 +16,29 @@ from mdm.errors import ConfigError
 from mdm.vocab import Vocab
 
 from . import processes
-from .objective import MaskedBatch, soft_targets
+from .asking import soft_targets
+from .masking import MaskedBatch
 from .sharding import shard_teacher
 from .target_cache import BY_WEIGHTS, cached_answers, check_cacheable
 from .targets import Targets
 from .teachers.ar import ARTeacher, load_foreign, load_teacher
+from .teachers.chunk_likelihoods import ask_chunks
+from .teachers.denoised import (
+    CHUNKS,
+    DENOISED,
+    SEES_MASKS,
+    DiffusionTeacher,
+    ask_denoised,
+    load_diffusion_teacher,
+)
 from .teachers.foreign import FOREIGN, ask_foreign
 from .teachers.kinds import check_target
 
 if TYPE_CHECKING:
     from .dataset import PreparedData
     from .recipe import Recipe, TeacherSettings
+
+READERS = (*FOREIGN, CHUNKS)  # kinds whose teacher reads the rows in its own tokens
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -37,13 +49,16 @@ Ask = Callable[[MaskedBatch, Denoiser | None], Targets]
 
 def needs_teacher(recipe: Recipe) -> bool:
     """Is a teacher's model asked in the course of training?"""
-    return recipe.objective.kd_lambda > 0 and not recipe.target.cache
+    return recipe.objective.distils and not recipe.target.cache
 
 
-def open_teacher(recipe: Recipe, vocab: Vocab) -> ARTeacher | None:
+Teacher = ARTeacher | DiffusionTeacher
+
+
+def open_teacher(recipe: Recipe, vocab: Vocab) -> Teacher | None:
     """The teacher of a student with this vocabulary on this process's device, checked against the
     recipe; None if none is asked."""
-    if recipe.objective.kd_lambda > 0 and recipe.target.cache:
+    if recipe.objective.distils and recipe.target.cache:
         check_cacheable(recipe)
     if not needs_teacher(recipe):
         return None
@@ -54,7 +69,18 @@ def open_teacher(recipe: Recipe, vocab: Vocab) -> ARTeacher | None:
         )
     settings, target = recipe.teacher, recipe.target
     dtype, few, device = DTYPES[settings.dtype], settings.quantization, processes.device()
-    if target.kind in FOREIGN:
+    teacher: Teacher
+    if target.kind in SEES_MASKS:
+        teacher = load_diffusion_teacher(
+            settings.model,
+            vocab,
+            dtype=dtype,
+            foreign=target.kind == CHUNKS,
+            trust_remote_code=settings.trust_remote_code,
+        )
+        if target.kind == DENOISED:
+            require_context(recipe, teacher.max_length, "teacher")
+    elif target.kind in FOREIGN:
         teacher = load_foreign(settings.model, dtype=dtype, quantization=few, device=device)
     else:
         teacher = load_teacher(
@@ -74,27 +100,33 @@ def open_teacher(recipe: Recipe, vocab: Vocab) -> ARTeacher | None:
     return teacher
 
 
-def place(teacher: ARTeacher, settings: TeacherSettings) -> None:
+def place(teacher: Teacher, settings: TeacherSettings) -> None:
     """Have the teacher compute on this process's device, wherever its weights are kept."""
     if settings.offload:
         from accelerate import cpu_offload
 
         cpu_offload(teacher.model, execution_device=processes.device())
     elif not settings.quantization:  # a quantised one was loaded to where it is
-        teacher.model.to(processes.device())
+        whole = teacher.denoiser if isinstance(teacher, DiffusionTeacher) else teacher.model
+        whole.to(processes.device())
 
 
-def bind(recipe: Recipe, teacher: ARTeacher | None, vocab: Vocab, data: PreparedData) -> Ask | None:
+def bind(recipe: Recipe, teacher: Teacher | None, vocab: Vocab, data: PreparedData) -> Ask | None:
     """How a step asks for its targets; None if it has none."""
     objective, target = recipe.objective, recipe.target
-    if objective.kd_lambda == 0:
+    if not objective.distils:
         return None
     if target.cache:
         return cached_answers(recipe, data, len(vocab))
     assert teacher is not None
-    if target.kind in FOREIGN:
+    if target.kind in READERS:
         assert data.readings is not None, "the rows were read by the teacher"
         require_reading_room(data.manifest["splits"]["train"]["longest_reading"], teacher)
+    if isinstance(teacher, DiffusionTeacher):
+        if target.kind == DENOISED:
+            return ask_denoised(teacher, target)
+        return ask_chunks(teacher, data.readings, target)
+    if target.kind in FOREIGN:
         return ask_foreign(teacher, data.readings, vocab, target, objective.kd_temperature)
 
     def ask(batch: MaskedBatch, student: Denoiser | None) -> Targets:
@@ -112,7 +144,7 @@ def require_context(recipe: Recipe, max_length: int, who: str) -> None:
         )
 
 
-def require_reading_room(longest: int, teacher: ARTeacher) -> None:
+def require_reading_room(longest: int, teacher: Teacher) -> None:
     """Raise ConfigError if a document of a row has more tokens for the teacher than its context holds."""
     if longest > teacher.max_length:
         raise ConfigError(

@@ -35,7 +35,7 @@ from .teachers.mapped import CONDITIONED_ON
 
 if TYPE_CHECKING:
     from .dataset import PreparedData
-    from .objective import MaskedBatch
+    from .masking import MaskedBatch
     from .recipe import Recipe
 
 # Kinds whose answers are the same for all masks, and what they are conditioned on.
@@ -59,7 +59,7 @@ Bytes = npt.NDArray[np.uint8]
 def check_cacheable(recipe: Recipe) -> None:
     """Raise ConfigError if the answers to this recipe depend on the masks, or there are none."""
     target = recipe.target
-    if recipe.objective.kd_lambda == 0:
+    if not recipe.objective.distils:
         raise ConfigError(
             "objective.kd_lambda is 0: no teacher is asked, there is nothing to cache"
         )

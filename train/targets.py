@@ -3,13 +3,14 @@ the SoftTargets that answer it.
 
 Sparse and row-aligned: row n belongs to the n-th position asked for (row-major order). Losses do not
 know where a target came from; `conditioned_on` says what the distribution is conditioned on.
-Shapes: B batch, L length, N positions asked for, M masked positions, K kept tokens, V vocabulary.
+Shapes: B batch, L length, N positions asked for, M masked positions, K kept tokens, V vocabulary,
+W width of the teacher, C chunks of two tokenizations.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from . import processes
 
 NOT_KEPT = float("-inf")
 FILLS = ("region", "span")
+COMP_DEMOS = ("", "bernoulli", "exact")
 INFILLS = ("psm", "spm", "few_shot")
 
 
@@ -142,7 +144,64 @@ class StateTargets:
         return (self.states_NC,)
 
 
-Targets = SoftTargets | StateTargets
+@dataclasses.dataclass(frozen=True)
+class HeadTargets:
+    """A teacher's whole distributions, kept as what its head makes logits of: width instead of vocabulary.
+
+    rows_NW         inputs of the teacher's head
+    logits          (n, W) rows -> (n, V) float32 logits of the first V ids, which mean the same to both;
+                    -inf for what the student cannot write
+    conditioned_on  as in SoftTargets
+    measures        as in SoftTargets
+    """
+
+    rows_NW: torch.Tensor
+    logits: Callable[[torch.Tensor], torch.Tensor]
+    conditioned_on: str
+    measures: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.rows_NW)
+
+    @property
+    def answered_N(self) -> torch.Tensor:
+        """(N,) bool; every position has an answer."""
+        return torch.ones(len(self), dtype=torch.bool, device=self.rows_NW.device)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor]:
+        """What losses take."""
+        return (self.rows_NW,)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkTargets:
+    """How likely a teacher with another tokenizer finds the text of each masked chunk.
+
+    log_likelihood_C  Σ log p of its tokens of the chunk, float32, nats, at temperature 1; all of them were
+                      masked to it
+    chunk_N           the chunk of each masked position, 0 … C - 1; -1 = in none, which has no target
+    first_C           the masked position (0 … N - 1) where each chunk begins
+    conditioned_on    as in SoftTargets
+    measures          as in SoftTargets
+    """
+
+    log_likelihood_C: torch.Tensor
+    chunk_N: torch.Tensor
+    first_C: torch.Tensor
+    conditioned_on: str
+    measures: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.log_likelihood_C)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor]:
+        """What losses take."""
+        return (self.log_likelihood_C,)
+
+
+Targets = SoftTargets | StateTargets | HeadTargets | ChunkTargets
 
 
 def keep_top(
@@ -315,6 +374,9 @@ class TargetSettings:
     branch_tokens  most tokens of branches (candidates or fills) that the teacher works on at once; bounds
                    memory
     cache        left, mapped: folder of answers written by `mdm data cache-targets`; no teacher is loaded
+    comp_demo    denoised, chunks: two passes, each shows the teacher the true tokens of the masks that the
+                 other asks for: "bernoulli" (each mask by chance), "exact" (a share of a row's), "" = off
+    comp_demo_share  share of the masks that the first pass asks for
     """
 
     kind: str = "left"
@@ -334,6 +396,8 @@ class TargetSettings:
     family: str = ""
     branch_tokens: int = 4096
     cache: str = ""
+    comp_demo: str = ""
+    comp_demo_share: float = 0.5
 
     def __post_init__(self) -> None:
         require(self.top_k >= 1, f"target.top_k must be at least 1; got {self.top_k}")
@@ -351,6 +415,11 @@ class TargetSettings:
             f" could not be corrected; got {self.uniform_mix}",
         )
         check_known("target.fill", self.fill, FILLS)
+        check_known("target.comp_demo", self.comp_demo, COMP_DEMOS)
+        require(
+            0 < self.comp_demo_share < 1,
+            f"target.comp_demo_share must be between 0 and 1; got {self.comp_demo_share}",
+        )
         if self.infill:
             check_known("target.infill", self.infill, INFILLS)
         if self.family:

@@ -21,15 +21,13 @@ from torch.nn.parallel import DistributedDataParallel
 from mdm.errors import ConfigError, TrainingError
 
 from . import processes
-from .objective import (
-    MaskedBatch,
-    kd_lambda_at,
-    loss_meaning,
-    loss_sums,
-    mask_batch,
-)
+from .loss_sums import loss_sums, next_tokens
+from .masking import MaskedBatch, block_size_at, mask_batch
+from .objective import loss_meaning, term_weights, with_mix
 from .optimizer import lr_factor
+from .placement import BY_CHUNK
 from .progress import Progress, read_metrics
+from .readings import chunks
 from .recipe import Recipe
 from .rows import sample_indices
 from .run import Outcome, Run, evaluate, evaluate_before, finish, precision, save, start
@@ -102,23 +100,26 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     settings = run.recipe.train
     device = run.denoiser.device
     batches = micro_batches(run, step)
-    own_2 = torch.tensor([[b.denominator, float(b.num_tokens)] for b in batches]).double().sum(0)
-    denominator, tokens = processes.total(own_2.to(device)).tolist()
-    denominator = max(denominator, 1.0)
-    share = kd_lambda_at(run.recipe.objective, step) if run.ask else 0.0
-    mix_2 = torch.tensor([1 - share, share], device=device)
-    sums_2, measured = torch.zeros(2, device=device), Measured()
+    own_4 = torch.tensor(
+        [[b.denominator, b.kd_denominator, next_tokens(b), b.num_tokens] for b in batches]
+    )
+    *denominators, tokens = processes.total(own_4.double().sum(0).to(device)).tolist()
+    over_3 = torch.tensor(denominators, device=device).clamp(min=1.0)
+    weights = term_weights(run.recipe.objective, step, teacher=run.ask is not None)
+    weight_3 = torch.tensor(weights, device=device)
+    sums_3, measured = torch.zeros(3, device=device), Measured()
     for index, batch in enumerate(batches):
         with synchronising(run.module, last=index == len(batches) - 1):
             with precision(run):
-                terms_2 = step_terms(run, batch.to(device), share, measured)
+                terms_3 = step_terms(run, batch.to(device), weights[1], measured)
             # DDP averages gradients over processes; the objective is a sum over them.
-            loss = (mix_2 * terms_2).sum() * (processes.world_size() / denominator)
+            loss = (weight_3 * terms_3 / over_3).sum() * processes.world_size()
             loss.backward()
-        sums_2 += terms_2.detach()
-    ce, kd = (processes.total(sums_2) / denominator).tolist()
+        sums_3 += terms_3.detach()
+    found_3 = processes.total(sums_3) / over_3
+    ce, kd, following = found_3.tolist()
     norm = clip_gradients(run.denoiser.parameters(), settings.clip)
-    if not math.isfinite(ce + kd + norm):
+    if not math.isfinite(ce + kd + following + norm):
         diverged(run, step, f"ce {ce:g}, kd {kd:g}, gradient norm {norm:g}")
     rate = settings.learning_rate * lr_factor(
         settings.lr_schedule,
@@ -135,10 +136,11 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     if run.average is not None:
         run.average.update(run.denoiser, step)
     return {
-        "loss": (1 - share) * ce + share * kd,
+        "loss": float((weight_3 * found_3).sum()),
         "ce": ce,
         "kd": kd,
-        "kd_lambda": share,
+        "kd_lambda": weights[1],
+        **({"next_token": following} if weights[2] else {}),
         "gradient_norm": norm,
         "learning_rate": rate,
         "tokens": tokens,
@@ -147,7 +149,7 @@ def train_step(run: Run, step: int) -> dict[str, float]:
 
 
 def step_terms(run: Run, batch: MaskedBatch, share: float, measured: Measured) -> torch.Tensor:
-    """(2,) Σ w CE and Σ w T² KL of one micro-batch on the device; targets are noted in `measured`."""
+    """(3,) the sums of one micro-batch on the device (loss_sums.py); targets are noted in `measured`."""
     objective, targets = run.recipe.objective, None
     if run.ask is not None and share > 0:
         targets = run.ask(batch, run.denoiser)
@@ -164,27 +166,45 @@ def step_rows(run: Run, step: int) -> list[int]:
 
 def micro_batches(run: Run, step: int) -> list[MaskedBatch]:
     """This process's share of the rows of a step, masked, in micro-batches."""
-    settings, rows = run.recipe.train, step_rows(run, step)
+    recipe, rows = run.recipe, step_rows(run, step)
+    settings = recipe.train
     mine = range(processes.rank(), settings.batch_rows, processes.world_size())
     batches = []
     for first in range(0, len(mine), settings.micro_rows):
         samples = list(mine[first : first + settings.micro_rows])
         chosen = [rows[sample] for sample in samples]
         data = run.data.train.batch(chosen)
-        batches.append(
-            mask_batch(
-                run.recipe.objective,
-                *data,
-                masks=run.recipe.masks,
-                mask_id=run.denoiser.mask_id,
-                seed=settings.seed,
-                step=step,
-                samples=samples,
-                samples_per_step=settings.batch_rows,
-                rows=chosen,
-            )
+        batch = mask_batch(
+            recipe.objective,
+            *data,
+            masks=recipe.masks,
+            mask_id=run.denoiser.mask_id,
+            seed=settings.seed,
+            step=step,
+            samples=samples,
+            samples_per_step=settings.batch_rows,
+            rows=chosen,
+            block_size=block_size(run, step),
+            chunk_BL=chunks_of(run, chosen, data.document_ids_BL),
         )
+        batches.append(with_mix(batch, recipe.mix, step / settings.steps))
     return batches
+
+
+def block_size(run: Run, step: int) -> int:
+    """Tokens a block at a step; 0 if the student has none."""
+    final, objective = run.denoiser.block_size, run.recipe.objective
+    if final is None:
+        return 0
+    return block_size_at(final, objective.grow_from, objective.grow_steps, step)
+
+
+def chunks_of(run: Run, rows: list[int], document_ids_BL: torch.Tensor) -> torch.Tensor | None:
+    """(B, L) the chunks of rows that are masked by chunk; None if they are not."""
+    if run.recipe.masks.where not in BY_CHUNK:
+        return None
+    assert run.data.readings is not None, "the rows were read by the teacher"
+    return chunks(run.data.readings.batch(rows), document_ids_BL)[0]
 
 
 def diverged(run: Run, step: int, numbers: str) -> NoReturn:

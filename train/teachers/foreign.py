@@ -23,7 +23,7 @@ from .embedding import states
 from .mapped import make_mapping, mapped
 
 if TYPE_CHECKING:
-    from ..objective import MaskedBatch
+    from ..masking import MaskedBatch
 
 FOREIGN = ("mapped", "embedding")
 
