@@ -136,6 +136,10 @@ def test_a_template_that_opens_with_the_start_token_is_not_opened_twice():
         ("block", 8, 16),
         ("block", 24, 29),  # the end of the row comes before the end of the block
         ("row", 2, 29),
+        ("document", 2, 5),  # start, two of the prompt, two of the response, three eos
+        ("document", 4, 5),
+        ("document", 5, 13),
+        ("document", 27, 29),
     ],
 )
 def test_eos_padding_is_learnt_and_the_rest_is_not(eos_padding, response, targets):
@@ -146,7 +150,7 @@ def test_eos_padding_is_learnt_and_the_rest_is_not(eos_padding, response, target
     assert (row.document_ids_L[3 + targets :] == -1).all()
 
 
-@pytest.mark.parametrize("eos_padding", ["none", "block", "row"])
+@pytest.mark.parametrize("eos_padding", ["none", "block", "row", "document"])
 def test_a_cut_response_has_no_eos(eos_padding):
     (row,) = packer(eos_padding=eos_padding).add([5] * 40, prompt=[8, 9])
     assert row.tokens_L.tolist() == [START, 8, 9] + [5] * 29
@@ -176,12 +180,40 @@ def test_without_classes_everything_is_other():
         assert not row.classes_L.any()
 
 
-@pytest.mark.parametrize("eos_padding", ["none", "block", "row"])
+@pytest.mark.parametrize("eos_padding", ["none", "block", "row", "document"])
 @pytest.mark.parametrize("response", [1, 7, 28, 29, 40])
 def test_only_the_tokens_of_a_response_have_classes(eos_padding, response):
     (row,) = packer(eos_padding=eos_padding).add([5] * response, [8, 9], [3] * response)
     assert (row.classes_L == 3).tolist() == (row.tokens_L == 5).tolist()
     assert row.classes_L.sum() == 3 * min(response, 29)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("lengths", [[5], [6], [7], [40], [5, 6, 30, 31, 61], [4] * 9])
+def test_documents_end_with_a_block_or_the_row(lengths, packing):
+    """The pieces of a text lie on one grid from their start tokens on; only the last one is filled up."""
+    one = packer(eos_padding="document", packing=packing)
+    plain = packer(packing=packing)
+    for tokens in numbered(lengths):
+        classes = [3] * len(tokens)
+        rows = one.add(tokens, classes=classes) + one.finish()
+        before = plain.add(tokens) + plain.finish()
+        assert len(rows) == len(before)
+        for row, other in zip(rows[:-1], before[:-1], strict=True):
+            assert row.tokens_L.tolist() == other.tokens_L.tolist()
+        last, unfilled = rows[-1], before[-1]
+        used, had = int((last.document_ids_L >= 0).sum()), int((unfilled.document_ids_L >= 0).sum())
+        assert used == min(-(-had // 8) * 8, 32)
+        assert last.tokens_L[had:used].tolist() == [END] * (used - had)
+        assert last.maskable_L[1:used].all()
+        assert last.classes_L[had - 1 :].sum() == 0  # eos is of no class
+
+
+def test_documents_in_one_row_each_fill_their_blocks():
+    one = packer(eos_padding="document")
+    assert one.add([5] * 4) + one.add([6] * 8) == []
+    (row,) = one.finish()
+    assert [len(tokens) for tokens, _ in segments(row)] == [8, 16]
 
 
 def test_there_is_one_class_for_each_token():
@@ -211,7 +243,7 @@ def test_a_cut_text_is_learnt_without_an_end(lengths, packing):
     ]
 
 
-@pytest.mark.parametrize("eos_padding", ["none", "block", "row"])
+@pytest.mark.parametrize("eos_padding", ["none", "block", "row", "document"])
 @pytest.mark.parametrize("response", [1, 8, 28, 29, 40])
 def test_a_response_that_was_cut_is_followed_by_nothing(eos_padding, response):
     one = packer(eos_padding=eos_padding)

@@ -15,12 +15,14 @@ from .teachers.denoised import CHUNKS, SEES_MASKS
 from .teachers.foreign import FOREIGN
 from .teachers.kinds import SAMPLED, TARGETS
 
+_UNIFORM, _UNMIXED = MaskSettings(), MixSettings()
+
 
 def check_objective(
     objective: ObjectiveSettings,
     target: TargetSettings,
-    masks: MaskSettings = MaskSettings(),
-    mix: MixSettings = MixSettings(),
+    masks: MaskSettings = _UNIFORM,
+    mix: MixSettings = _UNMIXED,
 ) -> None:
     """Settings that are each right but do not fit together: raise ConfigError."""
     check_known("target.kind", target.kind, (*TARGETS, *FOREIGN, *SEES_MASKS))
@@ -144,8 +146,8 @@ def check_blocks(
         return
     require(
         eos_block % block_size == 0,
-        f"data.eos_block={eos_block} ends responses inside a block of {block_size} tokens; make it a"
-        " multiple of student.block_size, or set data.eos_padding to none or row",
+        f"data.eos_block={eos_block} ends documents inside a block of {block_size} tokens; make it a"
+        " multiple of student.block_size, or set data.eos_padding=none",
     )
     doublings = block_size / max(1, objective.grow_from)
     require(

@@ -41,8 +41,10 @@ class DataSettings:
     length             tokens in a row
     packing            several documents in a row; false: one, then padding
     min_tokens         shortest piece of a document; shorter documents are left out
-    eos_padding        after a response, eos as targets: none | block | row (to the end of the row)
-    eos_block          "block": the response is padded to a multiple of this many tokens
+    eos_padding        eos as more targets: none; after a response: block | row (to the end of the row);
+                       after any document: document, for block diffusion students
+    eos_block          "block": the response is padded to a multiple of this many tokens; "document": the
+                       whole document, start and prompt included
     held_out_fraction  share of the documents that is never trained on; 0 = none
     max_held_out_rows  no more rows than this are kept of them, at most 1/16 from one document
     split_seed         another seed, another split

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from .readings import Piece, Reading
 from .weighting import OTHER
 
-EOS_PADDINGS = ("none", "block", "row")
+EOS_PADDINGS = ("none", "block", "row", "document")
 PADDING_DOCUMENT = -1
 
 
@@ -51,8 +51,10 @@ class Packer:
     length       tokens in a row, more than twice `min_tokens`
     min_tokens   shortest piece of plain text, its eos included
     packing      several segments in a row; False: one, then padding
-    eos_padding  targets after a response: "none", "block" (eos until the response fills a multiple
-                 of `eos_block` tokens) or "row" (eos to the end, LLaDA arXiv 2502.09992)
+    eos_padding  more targets: "none"; after a response "block" (eos until the response fills a multiple of
+                 `eos_block` tokens) or "row" (eos to the end, LLaDA arXiv 2502.09992); at the end of any
+                 document "document" (eos until the document, start and prompt included, fills a multiple
+                 of `eos_block` tokens: the grid of block diffusion, whose blocks are then never cut short)
     """
 
     length: int
@@ -111,6 +113,9 @@ class Packer:
         while done < len(targets):
             size = self._piece(len(targets) - done)
             if size:
+                if done + size == len(targets) and not cut:
+                    targets, classes = self._to_block(targets, classes, size)
+                    size = len(targets) - done
                 part = slice(done, done + size)
                 piece = reading.piece(done, done + size) if reading else None
                 self._open.append(_Segment([self.start_id], targets[part], classes[part], piece))
@@ -135,6 +140,16 @@ class Packer:
         size = min(room, left - self.min_tokens)
         return size if size >= self.min_tokens else 0
 
+    def _to_block(
+        self, targets: list[int], classes: list[int], size: int
+    ) -> tuple[list[int], list[int]]:
+        """A text whose last piece has `size` tokens, with eos until that fills a block or the row."""
+        if self.eos_padding != "document":
+            return targets, classes
+        room = self.length - sum(map(len, self._open)) - 1 - size
+        more = min(room, -(1 + size) % self.eos_block)
+        return targets + [self.eos_id] * more, classes + [OTHER] * more
+
     def _opened(self, prompt: Sequence[int]) -> list[int]:
         """The prompt behind a start token; a chat template may have put one there already."""
         return list(prompt) if prompt and prompt[0] == self.start_id else [self.start_id, *prompt]
@@ -147,6 +162,7 @@ class Packer:
         filled = {
             "none": len(targets),
             "block": -(-len(targets) // self.eos_block) * self.eos_block,
+            "document": -(-(context + len(targets)) // self.eos_block) * self.eos_block - context,
             "row": room,
         }[self.eos_padding]
         return targets + [self.eos_id] * (min(filled, room) - len(targets))

@@ -132,7 +132,7 @@ def start(recipe: Recipe, folder: Path) -> Run:
     denoiser = with_adapters(initial_student(recipe), settings)
     check_blocks(
         recipe.objective,
-        recipe.data.eos_block if recipe.data.eos_padding == "block" else 0,
+        recipe.data.eos_block if recipe.data.eos_padding == "document" else 0,
         block_size=denoiser.block_size,
         attention=denoiser.attention,
         shift=denoiser.shift,
