@@ -1,10 +1,11 @@
-"""Block diffusion, forward: noisy blocks that see the clean blocks before them.
+"""Block diffusion, scored: noisy blocks that see the clean blocks before them.
 
-A block sees itself and all earlier blocks; of the earlier ones it sees the clean tokens. So the
+A noisy block sees itself and the clean tokens of all earlier blocks; attention.py has the details. So the
 clean tokens run once, their keys and values serve any number of noisy copies, and one forward of
 R rows applies mask r to every block at the same time: blocks do not see one another's masks.
 This is the two-stream layout [x_t ; x_0] of BD3LM (arXiv 2503.09573, section 3.1).
-Shapes: L clean tokens, Q noisy positions, R masks of a block, A answer tokens of it, K keys, D width.
+Shapes: L clean tokens, Q noisy positions, R masks of a block, A answer tokens of it, D width,
+E whole blocks of clean tokens, N masked tokens, M outputs that are needed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import attention
+from .attention import CLEAN, Tokens
+from .cache import NOISY, cache_of, outputs
 from .denoiser import Denoiser
 from .grid import BlockGrid
 
@@ -48,10 +50,9 @@ def block_log_probs(
     assert size is not None, "not a block diffusion model"
     device = denoiser.device
     first = answers[0].start // size * size
-    positions_Q = torch.arange(
-        first, len(x0_L), device=device
-    )  # whole blocks, prompt tail included
-    cache, clean_LD = clean_pass(denoiser, x0_L)
+    # whole blocks, prompt tail included
+    positions_Q = torch.arange(first, len(x0_L), device=device)
+    cache, ends_ED = clean_pass(denoiser, x0_L)
     rows = max(len(mask_RA) for mask_RA in masks)
     masked_RQ = torch.zeros(rows, len(positions_Q), dtype=torch.bool, device=device)
     for answer, mask_RA in zip(answers, masks, strict=True):
@@ -61,7 +62,7 @@ def block_log_probs(
     for begin in range(0, rows, step):
         part_rQ = masked_RQ[begin : begin + step]
         log_probs_RQ[begin : begin + step] = _noisy_pass(
-            denoiser, x0_L, positions_Q, part_rQ, cache, clean_LD
+            denoiser, x0_L, positions_Q, part_rQ, cache, ends_ED
         )
     return [
         log_probs_RQ[: len(mask_RA), answer.start - first : answer.stop - first].cpu()
@@ -70,15 +71,12 @@ def block_log_probs(
 
 
 def clean_pass(denoiser: Denoiser, x0_L: torch.Tensor) -> tuple[DynamicCache, torch.Tensor]:
-    """Keys and values of the clean tokens, and (L, D) inputs of the head at each of them."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache()
+    """Keys and values of the clean tokens, and (E, D) inputs of the head at the last of each block."""
     positions_L = torch.arange(len(x0_L), device=denoiser.device)
-    block_L = positions_L // (denoiser.block_size or 1)
-    visible_LL = block_L[:, None] >= block_L[None, :]
-    hidden_BLD = _hidden(denoiser, x0_L[None], positions_L, visible_LL, cache)
-    return cache, hidden_BLD[0]
+    clean = _tokens(positions_L, CLEAN, torch.zeros_like(x0_L, dtype=torch.bool)[None])
+    ends_L = (positions_L + 1) % (denoiser.block_size or 1) == 0
+    cache = cache_of(())
+    return cache, outputs(denoiser, x0_L[None], clean, clean, cache, ends_L[None])
 
 
 def _noisy_pass(
@@ -87,29 +85,23 @@ def _noisy_pass(
     positions_Q: torch.Tensor,
     masked_RQ: torch.Tensor,
     cache: DynamicCache,
-    clean_LD: torch.Tensor,
+    ends_ED: torch.Tensor,
 ) -> torch.Tensor:
     """(R, Q) log p of the masked tokens, 0 elsewhere."""
-    size = denoiser.block_size or 1
-    block_Q = positions_Q // size
-    block_L = torch.arange(len(x0_L), device=positions_Q.device) // size
-    visible_QK = torch.cat(
-        [block_L[None, :] < block_Q[:, None], block_Q[None, :] == block_Q[:, None]], dim=1
-    )
     x0_Q = x0_L[positions_Q]
-    xt_RQ = torch.where(masked_RQ, denoiser.mask_id, x0_Q)
-    noisy_RQD = _hidden(denoiser, xt_RQ, positions_Q, visible_QK, _shared(cache, len(masked_RQ)))
-    if denoiser.shift:
-        # Output i - 1 predicts position i; before the first of a block stands a clean block.
-        noisy_RQD = noisy_RQD.roll(1, dims=1)
-        starts_Q = positions_Q % size == 0
-        if starts_Q[0] and positions_Q[0] == 0:
-            assert not bool(masked_RQ[:, 0].any()), (
-                "position 0 of a shifted model has no predecessor"
-            )
-        noisy_RQD[:, starts_Q] = clean_LD[positions_Q[starts_Q] - 1]
+    noisy = _tokens(positions_Q, NOISY, masked_RQ)
+    nothing_RL = torch.zeros(len(masked_RQ), len(x0_L), dtype=torch.bool, device=x0_L.device)
+    clean = _tokens(torch.arange(len(x0_L), device=x0_L.device), CLEAN, nothing_RL)
+    rows_ND = _predictors(
+        denoiser,
+        torch.where(masked_RQ, denoiser.mask_id, x0_Q),
+        noisy,
+        clean.cat(noisy),
+        _shared(cache, len(masked_RQ)),
+        ends_ED,
+    )
     log_probs_RQ = torch.zeros(masked_RQ.shape, dtype=torch.float64, device=masked_RQ.device)
-    rows_ND, targets_N = noisy_RQD[masked_RQ], x0_Q.expand_as(masked_RQ)[masked_RQ]
+    targets_N = x0_Q.expand_as(masked_RQ)[masked_RQ]
     parts = []
     for chunk in denoiser.chunks(len(targets_N)):
         log_probs_nV = denoiser.head(rows_ND[chunk]).log_softmax(-1)
@@ -118,33 +110,46 @@ def _noisy_pass(
     return log_probs_RQ
 
 
-def _hidden(
+def _predictors(
     denoiser: Denoiser,
-    x_BQ: torch.Tensor,
-    positions_Q: torch.Tensor,
-    visible_QK: torch.Tensor,
+    xt_RQ: torch.Tensor,
+    noisy: Tokens,
+    keys: Tokens,
     cache: DynamicCache,
+    ends_ED: torch.Tensor,
 ) -> torch.Tensor:
-    """(B, Q, D) inputs of the head; the cache grows by Q."""
-    batch = x_BQ.shape[0]
-    visible_BQK = visible_QK.expand(batch, *visible_QK.shape)
-    arguments = {
-        "attention_mask": attention.float_mask(visible_BQK, denoiser.model.dtype),
-        "position_ids": positions_Q.expand(batch, -1),
-        "past_key_values": cache,
-        "use_cache": True,
-    }
-    if denoiser.plain_head:
-        return denoiser.model.base_model(x_BQ, **arguments)[0]
-    return denoiser.model(x_BQ, **arguments).logits
+    """(N, D) inputs of the head from which the masked tokens are read."""
+    if not denoiser.shift:
+        return outputs(denoiser, xt_RQ, noisy, keys, cache, noisy.masked)
+    # Output i - 1 predicts position i; before the first of a block stands a clean block.
+    size = denoiser.block_size or 1
+    first_RQ = noisy.masked & (noisy.position % size == 0)
+    assert bool((noisy.position[first_RQ] > 0).all()), (
+        "position 0 of a shifted model has no predecessor"
+    )
+    needed_RQ = (noisy.masked & ~first_RQ).roll(-1, dims=1)
+    outputs_MD = outputs(denoiser, xt_RQ, noisy, keys, cache, needed_RQ)
+    rows_ND = outputs_MD.new_empty(int(noisy.masked.sum()), outputs_MD.shape[1])
+    first_N = first_RQ[noisy.masked]
+    rows_ND[first_N] = ends_ED[noisy.position[first_RQ] // size - 1]
+    rows_ND[~first_N] = outputs_MD
+    return rows_ND
+
+
+def _tokens(positions_Q: torch.Tensor, stream: int, masked_RQ: torch.Tensor) -> Tokens:
+    """Tokens of R copies of one text, as they stand."""
+    position_RQ = positions_Q.expand_as(masked_RQ)
+    return Tokens(
+        document=torch.zeros_like(position_RQ),
+        position=position_RQ,
+        stream=torch.full_like(position_RQ, stream),
+        masked=masked_RQ,
+    )
 
 
 def _shared(cache: DynamicCache, rows: int) -> DynamicCache:
     """The same keys and values for `rows` rows, in a cache of its own."""
-    from transformers import DynamicCache
-
-    copy = DynamicCache()
-    for index, layer in enumerate(cache.layers):
-        keys, values = (part.expand(rows, -1, -1, -1) for part in (layer.keys, layer.values))
-        copy.update(keys, values, index)
-    return copy
+    return cache_of(
+        (layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1))
+        for layer in cache.layers
+    )

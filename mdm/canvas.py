@@ -10,6 +10,7 @@ import math
 
 import torch
 
+from .cache import Prefix
 from .config import require
 from .errors import check_known
 from .remasking import PROBABILITIES, REMASKING
@@ -17,13 +18,17 @@ from .schedule import tokens_due
 
 COMPAT = ("default", "llada")
 
+Prefixes = tuple[Prefix, Prefix]
+NOTHING_READ: Prefixes = (Prefix(), Prefix())
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplerSettings:
     """How masks become tokens.
 
     steps         denoising steps for all open positions; null = one token a step
-    block_length  tokens decoded together, left to right; null = all at once (plain diffusion)
+    block_length  tokens decoded together, left to right; null = all at once (plain diffusion), or
+                  the blocks that the model has
     temperature   of proposals; 0 = greedy
     top_p         proposals come from the likeliest tokens that hold this probability; 1 = all
     remasking     which proposals are kept: low_confidence, random, margin or entropy
@@ -91,6 +96,8 @@ class Canvas:
     due             tokens to commit in each remaining step of the current block
     decided_L       step at which a position was decided, from 0; -1 = given or open
     nfe             denoiser forwards of this row so far; guidance counts 2
+    prefixes        what a model with blocks keeps of the clean tokens, and of the same with the given
+                    tokens masked (guidance); freed when the canvas is finished
     """
 
     ids_L: torch.Tensor
@@ -107,6 +114,7 @@ class Canvas:
     step: int = 0
     nfe: int = 0
     ended: bool = False
+    prefixes: Prefixes = NOTHING_READ
 
     def __post_init__(self) -> None:
         self.decided_L = torch.full_like(self.ids_L, -1)
@@ -125,6 +133,8 @@ class Canvas:
             self.due = due if self.settings.compat == "llada" else [k for k in due if k]
             if not self.due:
                 self.blocks.pop(0)
+        if self.finished:
+            self.prefixes = NOTHING_READ
 
     def commit(self, positions_k: torch.Tensor, tokens_k: torch.Tensor) -> None:
         """Decide these positions and go on to the next step."""
@@ -145,6 +155,7 @@ class Canvas:
         self.ids_L[self.open_L] = fill_id
         self.open_L[:] = False
         self.blocks, self.due, self.ended = [], [], True
+        self.prefixes = NOTHING_READ
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,9 +1,10 @@
-"""The denoising loop: one for full canvas, semi-autoregressive blocks and infilling.
+"""The denoising loop: one for full canvas, blocks of either kind and infilling.
 
 A `Canvas` is one row on its way from masks to text. `denoise` takes canvases of any length and
 settings and yields a `DenoisingStep` per forward pass: generation drains it, a server streams it, a
 benchmark counts it. A prompt is just positions that are given, so infilling is the same loop. Each
 canvas has its own random numbers, so its tokens do not depend on its neighbours in the batch.
+A model with blocks reads the clean tokens before the current block once and keeps them (cache.py).
 Shapes: B canvases, L length, n open positions of a block, V vocabulary.
 """
 
@@ -15,7 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from .canvas import Canvas, Commit, SamplerSettings
+from .cache import Prefix, Row, read_blocks
+from .canvas import NOTHING_READ, Canvas, Commit, Prefixes, SamplerSettings
 from .denoiser import Denoiser
 from .diffusion import generator
 from .errors import ConfigError
@@ -45,15 +47,13 @@ def make_canvas(
     """A canvas from tokens in which the mask id marks the open positions.
 
     `key` names its random numbers: equal keys, equal text, whatever else is in the batch. `padding`
-    leading positions are ignored by attention. Raises ConfigError if the model has blocks, the
-    canvas is longer than the context or has no token before its first mask, or steps do not divide
-    among the blocks.
+    leading positions are ignored by attention (full canvas only). A model with blocks sees of the text
+    after a hole what stands in the hole's last block and nothing further on: it was trained so.
+    Raises ConfigError if the canvas is longer than the context or has no token before its first mask,
+    steps do not divide among the blocks, or the settings do not go with the model's blocks.
     """
-    if denoiser.block_size is not None:
-        raise ConfigError(
-            f"this model denoises in blocks of {denoiser.block_size} behind block-causal attention;"
-            " mdm can score with it, but not sample from it yet"
-        )
+    check_blocks(denoiser, settings)
+    assert not padding or denoiser.block_size is None, "blocks are counted from position 0"
     if len(ids) > denoiser.max_length:
         raise ConfigError(
             f"the canvas has {len(ids)} tokens, but the model was built for at most"
@@ -67,9 +67,9 @@ def make_canvas(
             "a canvas must begin with a token: this model predicts from the left neighbour"
         )
     start, end = (where[0], where[-1] + 1) if where else (0, 0)
-    grid = BlockGrid(start, end, settings.block_length or max(1, end - start))
-    blocks = [grid.block(i) for i in range(grid.num_blocks)]
-    blocks = [block for block in blocks if bool(open_L[block].any())]
+    grid = decoding_grid(denoiser, start, end, settings.block_length)
+    all_blocks = [grid.block(i) for i in range(grid.num_blocks)]
+    blocks = [slice(max(start, b.start), b.stop) for b in all_blocks if bool(open_L[b].any())]
     steps = len(where) if settings.steps is None else settings.steps
     if settings.steps is not None and blocks and steps % len(blocks):
         raise ConfigError(
@@ -90,6 +90,34 @@ def make_canvas(
         blocks=blocks,
         steps_per_block=per_block,
     )
+
+
+def check_blocks(denoiser: Denoiser, settings: SamplerSettings) -> None:
+    """Raise ConfigError if these settings do not go with the blocks of the model."""
+    size, length = denoiser.block_size, settings.block_length
+    if size is None:
+        return
+    if settings.compat != "default":
+        raise ConfigError(
+            f"compat={settings.compat} is a sampler for models without blocks, but this one denoises"
+            f" in blocks of {size}; use compat=default"
+        )
+    if length is not None and size % length:
+        raise ConfigError(
+            f"block_length is {length}, but this model denoises in blocks of {size} tokens; leave"
+            f" block_length out, or give a divisor of {size} to decode a block in parts"
+        )
+
+
+def decoding_grid(denoiser: Denoiser, start: int, end: int, block_length: int | None) -> BlockGrid:
+    """What is decoded in turn of the open positions, which lie in [start, end).
+
+    A model with blocks counts them from position 0 of the text, as in training and in likelihoods: the
+    end of a prompt may lie in the first block that is decoded. Otherwise they begin at `start`.
+    """
+    if denoiser.block_size is not None:
+        return BlockGrid(0, end, block_length or denoiser.block_size)
+    return BlockGrid(start, end, block_length or max(1, end - start))
 
 
 def denoise(
@@ -119,25 +147,38 @@ def take_step(denoiser: Denoiser, canvases: dict[int, Canvas]) -> tuple[Commit, 
     first = next(iter(canvases.values()))
     random_states = [canvas.random.get_state() for canvas in canvases.values()]
     try:
-        commits = STEPS[first.settings.compat](denoiser, canvases)
+        decision = STEPS[first.settings.compat](denoiser, canvases)
     except BaseException:
         for canvas, state in zip(canvases.values(), random_states, strict=True):
             canvas.random.set_state(state)
         raise
-    for commit in commits:
+    for row, prefixes in decision.prefixes.items():
+        canvases[row].prefixes = prefixes
+    for commit in decision.commits:
         canvas = canvases[commit.row]
         canvas.nfe += 2 if canvas.settings.cfg_scale > 0 else 1
         canvas.commit(commit.positions_k, commit.tokens_k)
         ends = canvas.settings.stop_at_eos and canvas.settings.compat == "default"
         if ends and reached_end(canvas, denoiser.vocab.eos_id):
             canvas.end(denoiser.vocab.eos_id)
-    return commits
+    return decision.commits
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What one forward pass came to, before any canvas is changed.
+
+    prefixes  by row: what a model with blocks has read of its clean tokens
+    """
+
+    commits: tuple[Commit, ...]
+    prefixes: dict[int, Prefixes]
 
 
 @torch.no_grad()
-def denoise_step(denoiser: Denoiser, canvases: dict[int, Canvas]) -> tuple[Commit, ...]:
+def denoise_step(denoiser: Denoiser, canvases: dict[int, Canvas]) -> Decision:
     """What one forward pass decides in the current block of every canvas; they are left as they are."""
-    logits = block_logits(denoiser, list(canvases.values()))
+    logits, prefixes = block_logits(denoiser, list(canvases.values()))
     commits = []
     for (row, canvas), logits_nV in zip(canvases.items(), logits, strict=True):
         block = canvas.blocks[0]
@@ -148,37 +189,72 @@ def denoise_step(denoiser: Denoiser, canvases: dict[int, Canvas]) -> tuple[Commi
         else:
             kept_k = keep_above(confidence_n, canvas.settings.threshold)
         commits.append(Commit(row, open_n[kept_k], proposals_n[kept_k], confidence_n[kept_k]))
-    return tuple(commits)
+    return Decision(tuple(commits), dict(zip(canvases, prefixes, strict=True)))
 
 
-def block_logits(denoiser: Denoiser, canvases: Sequence[Canvas]) -> list[torch.Tensor]:
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """A canvas as one row of a forward: as it is, or with its given tokens masked (guidance)."""
+
+    canvas: Canvas
+    ids_L: torch.Tensor
+    prefix: Prefix
+
+
+def block_logits(
+    denoiser: Denoiser, canvases: Sequence[Canvas]
+) -> tuple[list[torch.Tensor], list[Prefixes]]:
     """(n, V) logits of the open positions of each canvas' current block, guided where asked.
 
-    One forward for all: canvases are padded to the longest, guided ones appear a second time with
-    their given tokens masked.
+    One forward for all; guided canvases are in it a second time with their given tokens masked.
+    Beside them what a model with blocks has now read of each canvas.
     """
-    guided = [canvas for canvas in canvases if canvas.settings.cfg_scale > 0]
-    rows = [canvas.ids_L for canvas in canvases] + [
-        canvas.ids_L.masked_fill(canvas.given_L & canvas.valid_L, denoiser.mask_id)
-        for canvas in guided
-    ]
-    sources = [*canvases, *guided]
-    length = max(len(ids_L) for ids_L in rows)
-    xt_BL = torch.full((len(rows), length), denoiser.vocab.pad_id, device=denoiser.device)
+    guided = [i for i, canvas in enumerate(canvases) if canvas.settings.cfg_scale > 0]
+    streams = [Stream(canvas, canvas.ids_L, canvas.prefixes[0]) for canvas in canvases]
+    for canvas in (canvases[i] for i in guided):
+        without_L = canvas.ids_L.masked_fill(canvas.given_L & canvas.valid_L, denoiser.mask_id)
+        streams.append(Stream(canvas, without_L, canvas.prefixes[1]))
+    if denoiser.block_size is None:
+        logits_NV = full_canvas_logits(denoiser, streams)
+        read = [stream.prefix for stream in streams]
+    else:
+        logits_NV, read = cached_logits(denoiser, streams)
+    counts = [int(s.canvas.open_L[s.canvas.blocks[0]].sum()) for s in streams]
+    parts = list(logits_NV.split(counts))
+    prefixes = [(prefix, NOTHING_READ[1]) for prefix in read[: len(canvases)]]
+    for second, i in enumerate(guided, start=len(canvases)):
+        parts[i] = guide(parts[i], parts[second], canvases[i].settings.cfg_scale)
+        prefixes[i] = (prefixes[i][0], read[second])
+    return parts[: len(canvases)], prefixes
+
+
+def full_canvas_logits(denoiser: Denoiser, streams: Sequence[Stream]) -> torch.Tensor:
+    """(N, V) logits of the open positions of the current blocks; rows are padded to the longest."""
+    length = max(len(stream.ids_L) for stream in streams)
+    xt_BL = torch.full((len(streams), length), denoiser.vocab.pad_id, device=denoiser.device)
     document_ids_BL = torch.full_like(xt_BL, -1)
     wanted_BL = torch.zeros_like(xt_BL, dtype=torch.bool)
-    for i, (ids_L, canvas) in enumerate(zip(rows, sources, strict=True)):
-        xt_BL[i, : len(ids_L)] = ids_L
-        document_ids_BL[i, : len(ids_L)][canvas.valid_L] = 0
-        block = canvas.blocks[0]
+    for i, stream in enumerate(streams):
+        canvas, block = stream.canvas, stream.canvas.blocks[0]
+        xt_BL[i, : len(stream.ids_L)] = stream.ids_L
+        document_ids_BL[i, : len(stream.ids_L)][canvas.valid_L] = 0
         wanted_BL[i, block] = canvas.open_L[block]
-    logits_NV = denoiser(xt_BL, wanted_BL, document_ids_BL=document_ids_BL)
-    parts = list(logits_NV.split(wanted_BL.sum(1).tolist()))
-    unconditional = dict(zip(map(id, guided), parts[len(canvases) :], strict=True))
-    for i, canvas in enumerate(canvases):
-        if id(canvas) in unconditional:
-            parts[i] = guide(parts[i], unconditional[id(canvas)], canvas.settings.cfg_scale)
-    return parts[: len(canvases)]
+    return denoiser(xt_BL, wanted_BL, document_ids_BL=document_ids_BL)
+
+
+def cached_logits(
+    denoiser: Denoiser, streams: Sequence[Stream]
+) -> tuple[torch.Tensor, list[Prefix]]:
+    """(N, V) logits of the open positions of the current blocks, and what was read of the clean tokens."""
+    rows = []
+    for stream in streams:
+        canvas, current = stream.canvas, stream.canvas.blocks[0]
+        grid = BlockGrid(0, len(stream.ids_L), denoiser.block_size or 1)
+        block = grid.block(current.start // grid.block_length)
+        wanted_n = canvas.open_L[current].nonzero()[:, 0] + current.start
+        rows.append(Row(stream.ids_L, block, wanted_n, stream.prefix))
+    rows_ND, prefixes = read_blocks(denoiser, rows)
+    return denoiser.head(rows_ND), prefixes
 
 
 def guide(
@@ -248,11 +324,11 @@ def reached_end(canvas: Canvas, eos_id: int) -> bool:
 
 
 @torch.no_grad()
-def published_step(denoiser: Denoiser, canvases: dict[int, Canvas]) -> tuple[Commit, ...]:
+def published_step(denoiser: Denoiser, canvases: dict[int, Canvas]) -> Decision:
     """What one step of the published LLaDA sampler decides."""
-    return tuple(published_commits(denoiser, canvases))
+    return Decision(tuple(published_commits(denoiser, canvases)), {})
 
 
 # How a step decides: it reads the canvases (and draws from their random numbers), take_step commits.
-Step = Callable[[Denoiser, dict[int, Canvas]], tuple[Commit, ...]]
+Step = Callable[[Denoiser, dict[int, Canvas]], Decision]
 STEPS: dict[str, Step] = {"default": denoise_step, "llada": published_step}

@@ -17,6 +17,7 @@ Shape letters: B batch, L length, V vocabulary, S denoising steps per block, N s
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from decimal import Decimal
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -1030,3 +1031,112 @@ def aligned(ends_N: Sequence[int], ends_M: Sequence[int]) -> tuple[list[int], li
                     take(side)
             chunk += 1
     return chunks
+
+
+# --- 11. mixed targets, and chunks as coins ---------------------------------------------------------
+#
+# A coin is the probability of a chunk as a Decimal, so that 1 - p is exact however close p is to 1. Give
+# `decimal` enough digits (a local context) before any arithmetic.
+
+
+def mixed_logits(student_V: Tensor, teacher_V: Tensor, share: float, temperature: float) -> Tensor:
+    """softmax[(1-λ) s/T + λ u/T] of raw logits over the whole vocabulary, as TIDAL is published."""
+    s_V, u_V = student_V.double() / temperature, teacher_V.double() / temperature
+    return ((1 - share) * s_V + share * u_V).softmax(dim=-1)
+
+
+def coin(log_likelihood: float, temperature: float) -> Decimal:
+    """p = exp(log-likelihood / T)."""
+    return (Decimal(log_likelihood) / Decimal(temperature)).exp()
+
+
+def coin_cross_entropy(p: Decimal, q: Decimal) -> Decimal:
+    """-[p log q + (1-p) log(1-q)], 0 < q < 1."""
+    return -(p * q.ln() + (1 - p) * (1 - q).ln())
+
+
+def coin_entropy(p: Decimal) -> Decimal:
+    """H(p), 0 < p < 1."""
+    return coin_cross_entropy(p, p)
+
+
+def forward_calm(p_s: Decimal, p_t: Decimal) -> Decimal:
+    """-[p_t log p_s + (1-p_t) log(1-p_s)], s student, t teacher."""
+    return coin_cross_entropy(p_t, p_s)
+
+
+def reverse_calm(p_s: Decimal, p_t: Decimal) -> Decimal:
+    """-[p_s log p_t + (1-p_s) log(1-p_t)], as published."""
+    return coin_cross_entropy(p_s, p_t)
+
+
+def bernoulli_kl(p_s: Decimal, p_t: Decimal) -> Decimal:
+    """KL(p_s || p_t) = Σ over both outcomes of s log(s / t)."""
+    return p_s * (p_s / p_t).ln() + (1 - p_s) * ((1 - p_s) / (1 - p_t)).ln()
+
+
+# --- 12. block diffusion: one block, everything read anew ------------------------------------------
+
+
+def sees_in_blocks(
+    query: int, key: int, start: int, masked: Sequence[bool], block_size: int, attention: str
+) -> bool:
+    """May position `query` see position `key`? Clean tokens stand before `start`, the block from there.
+
+    Strictly from left to right in a "reordered" block means: observed tokens, then masked ones.
+    """
+    if key < start and query >= start:
+        return True  # the block is the last thing there is: all clean tokens are in earlier blocks
+    if key < start:
+        return key // block_size <= query // block_size if attention == "block" else key <= query
+    if query < start:
+        return False
+    if attention != "reordered":
+        return True
+    own = range(start, len(masked))
+    order = [i for i in own if not masked[i]] + [i for i in own if masked[i]]
+    return order.index(key) <= order.index(query)
+
+
+def block_logits(
+    model,
+    *,
+    block_size: int,
+    attention: str,
+    shift: bool,
+    mask_id: int,
+    given: Iterable[int] = (),
+    scale: float = 0.0,
+) -> Callable[[list[int]], Tensor]:
+    """`tokens -> (L, V)` float64 logits of the block that holds the first mask; zeros elsewhere.
+
+    One forward without a cache over clean tokens and block; what stands after it is cut off. The mask
+    is made pair by pair. With `scale` guidance as in `denoiser_log_probs`.
+    """
+
+    @torch.no_grad()
+    def one(tokens: list[int], start: int) -> Tensor:
+        end = min(start + block_size, len(tokens))
+        masked = [token == mask_id for token in tokens[:end]]
+        mask_LL = torch.zeros(end, end, dtype=model.dtype)
+        for query, key in itertools.product(range(end), repeat=2):
+            if not sees_in_blocks(query, key, start, masked, block_size, attention):
+                mask_LL[query, key] = torch.finfo(model.dtype).min
+        x_BL = torch.tensor([tokens[:end]])
+        outputs_LV = model(x_BL, use_cache=False, attention_mask=mask_LL[None, None]).logits[0]
+        logits_LV = torch.zeros(len(tokens), outputs_LV.shape[1], dtype=torch.float64)
+        for i in range(max(start, int(shift)), end):
+            logits_LV[i] = outputs_LV[i - int(shift)]
+        return logits_LV
+
+    def answer(tokens: list[int]) -> Tensor:
+        tokens = [int(token) for token in tokens]
+        start = tokens.index(mask_id) // block_size * block_size
+        logits_LV = one(tokens, start)
+        if scale > 0:
+            hidden = set(given)
+            without = [mask_id if i in hidden else token for i, token in enumerate(tokens)]
+            logits_LV = (1 + scale) * logits_LV - scale * one(without, start)
+        return logits_LV
+
+    return answer

@@ -9,6 +9,7 @@ import torch
 from students import random_ar, random_student, slow_log_probs
 from tiny import tiny_model
 
+from mdm.attention import BLOCK_ATTENTIONS
 from mdm.autoregressive import Autoregressive
 from mdm.autoregressive import log_likelihood as ar_log_likelihood
 from mdm.blocks import answer_blocks, block_log_probs
@@ -127,6 +128,66 @@ def test_blocks_of_one_and_the_teacher_agree():
         logits_LV = ar.model(torch.tensor([p.prompt + p.answer])).logits[0, 2:-1].double()
     missing = logits_LV.logsumexp(-1) - logits_LV[:, :14].logsumexp(-1)
     assert student.value - teacher.value == pytest.approx(float(missing.sum()), abs=1e-4)
+
+
+def attentive(attention, family="llama", **settings):
+    layers = {} if family in ("granite", "gemma2") else {"layers": 2}
+    denoiser = block_student(family, **layers, **settings)
+    denoiser.attention = attention
+    return denoiser
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("family", ["llama", "granite"])
+@pytest.mark.parametrize("attention", BLOCK_ATTENTIONS)
+def test_what_a_block_sees(attention, family, shift):
+    denoiser = attentive(attention, family, block_size=3, shift=shift)
+    logits_fn = oracles.block_logits(
+        denoiser.model, block_size=3, attention=attention, shift=shift, mask_id=MASK
+    )
+
+    def log_probs(tokens):
+        logits_LV = logits_fn(tokens)
+        logits_LV[:, MASK] = -torch.inf
+        return logits_LV.log_softmax(-1)
+
+    for p in (pair(1, 4), pair(3, 5), pair(5, 6)):
+        x = [*p.prompt, *p.answer]
+        expected = oracles.block_bound(log_probs, x, len(p.prompt), 3, MASK)
+        (found,) = log_likelihood(denoiser, [p], LikelihoodSettings())
+        assert found.value == pytest.approx(expected, abs=2e-4)
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("attention", BLOCK_ATTENTIONS)
+@torch.no_grad()
+def test_log_probs_are_those_of_one_pass_over_two_streams(attention, family, shift):
+    denoiser = attentive(attention, family, block_size=4, shift=shift)
+    grid = answer_blocks(2, 11, 4)
+    masks = [torch.rand(5, block.stop - block.start) < 0.6 for block in grid]
+    x0_L = torch.tensor(TEXT[:13])
+    found = block_log_probs(denoiser, x0_L, grid, masks, batch_tokens=30)
+    for r in range(5):
+        masked_L = torch.zeros(13, dtype=torch.bool)
+        masked_L[2:] = torch.cat([mask_RA[r] for mask_RA in masks])
+        xt_L = x0_L.masked_fill(masked_L, MASK)
+        logits_NV = denoiser(xt_L[None], masked_L[None], x0_bL=x0_L[None])
+        expected_N = logits_NV.log_softmax(-1).gather(1, x0_L[masked_L][:, None])[:, 0]
+        found_N = torch.cat([found_RA[r] for found_RA in found])[masked_L[2:]]
+        assert torch.allclose(found_N.float(), expected_N, atol=1e-4)
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_a_head_that_is_not_plain_runs_on_needed_outputs_alone(shift, monkeypatch):
+    denoiser = block_student("granite", block_size=4, shift=shift)
+    head = denoiser.model.get_output_embeddings()
+    rows, inner = [], head.forward
+    monkeypatch.setattr(head, "forward", lambda x: rows.append(x.numel() // 16) or inner(x))
+    masks = [torch.tensor([[True, False], [True, True]]), torch.ones(2, 4) > 0]
+    block_log_probs(denoiser, torch.tensor(TEXT[:12]), [slice(6, 8), slice(8, 12)], masks)
+    # Clean: the ends of 3 blocks; noisy: 11 masks, the two at the start of a block are read from those.
+    assert rows == [3, 11 - 2 * shift]
 
 
 def test_one_block_of_everything_is_the_full_canvas():

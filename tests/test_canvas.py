@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from mdm.canvas import Canvas, SamplerSettings
+from mdm.cache import Prefix
+from mdm.canvas import NOTHING_READ, Canvas, SamplerSettings
 from mdm.errors import ConfigError
 
 MASK, END = 9, 8
@@ -90,3 +91,19 @@ def test_end_fills_what_is_open():
     assert row.ended
     assert not row.open_L.any()
     assert (row.decided_L == -1).all()  # filled, not decided
+
+
+@pytest.mark.parametrize("way", ["commit", "end"])
+def test_what_was_read_is_freed_with_the_last_block(way):
+    row = canvas([2, 5], blocks=[(2, 4), (4, 6)], steps_per_block=1)
+    assert row.prefixes is NOTHING_READ
+    read = (Prefix(last_D=torch.zeros(3)), Prefix())
+    row.prefixes = read
+    row.commit(torch.tensor([2]), torch.tensor([0]))
+    assert row.prefixes is read
+    if way == "commit":
+        row.commit(torch.tensor([5]), torch.tensor([1]))
+    else:
+        row.end(END)
+    assert row.prefixes is NOTHING_READ
+    assert all(prefix.length == 0 for prefix in row.prefixes)

@@ -330,6 +330,39 @@ def test_the_published_sampler_refills_too():
     check_same(fill(denoiser, holes, settings, batch_size=2), fill(denoiser, holes, settings))
 
 
+@pytest.mark.parametrize("attention", ["block", "context_causal", "reordered"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_key_fixes_a_text_of_a_model_with_blocks(temperature, attention):
+    denoiser = random_student(shift=True, block_size=4, layers=2)
+    denoiser.attention = attention
+    settings = SamplerSettings(temperature=temperature, cfg_scale=0.3)
+    alone = [fill(denoiser, [hole], settings)[0] for hole in HOLES]
+    assert [len(one.token_ids) for one in alone] == [hole.length for hole in HOLES]
+    for order, batch_size in (([0, 1, 2, 3, 4], None), ([4, 2, 0, 3, 1], 2), ([2, 2, 0], 1)):
+        found = fill(denoiser, [HOLES[i] for i in order], settings, batch_size=batch_size)
+        check_same(found, [alone[i] for i in order])
+
+
+def test_a_stop_string_ends_a_row_of_blocks():
+    denoiser = random_student(shift=True, block_size=2)
+    request = Request("w1 w2", None, 8)
+    (whole,) = generate(denoiser, [request], SamplerSettings(stop_at_eos=False, suppress_eos=True))
+    stop = whole.text.split()[3]
+    (found,) = generate(
+        denoiser,
+        [replace(request, stop=(stop,))],
+        SamplerSettings(stop_at_eos=False, suppress_eos=True),
+    )
+    assert found.text == whole.text.partition(stop)[0]
+    assert (found.finish_reason, found.nfe < whole.nfe) == ("stop", True)
+
+
+def test_the_published_sampler_knows_no_blocks():
+    denoiser = random_student(block_size=4)
+    with pytest.raises(ConfigError, match="compat=llada is a sampler for models without blocks"):
+        generate(denoiser, [Request("w1", None, 4)] * 2, SamplerSettings(compat="llada"))
+
+
 # --- confidence ------------------------------------------------------------------------------------
 
 

@@ -10,11 +10,16 @@ from dataclasses import replace
 import oracles
 import pytest
 import torch
-from students import ScriptedStudent, random_student
+from students import ScriptedStudent, random_student, word_vocab
+from tiny import tiny_model
 
-from mdm.canvas import SamplerSettings
+from mdm.attention import BLOCK_ATTENTIONS
+from mdm.canvas import NOTHING_READ, SamplerSettings
+from mdm.convert import make_bidirectional
+from mdm.denoiser import Denoiser
 from mdm.errors import ConfigError
 from mdm.sampler import (
+    block_logits,
     denoise,
     guide,
     gumbel_argmax,
@@ -537,11 +542,6 @@ def test_steps_that_do_not_divide_among_the_blocks(settings, text):
         make_canvas(random_student(), HOLES["continue"], replace(FULL, **settings))
 
 
-def test_a_model_with_blocks_is_refused():
-    with pytest.raises(ConfigError, match=r"denoises in blocks of 4 .* not sample from it yet"):
-        make_canvas(random_student(block_size=4), [START, MASK], FULL)
-
-
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
@@ -600,3 +600,315 @@ def test_an_end_in_one_hole_leaves_the_holes_after_given_text_alone():
     canvas = make_canvas(student, [START, 5, MASK, MASK, 6, 7, MASK, MASK], SamplerSettings())
     run(student, [canvas])
     assert canvas.ids_L.tolist() == [START, 5, END, END, 6, 7, 5, 5]
+
+
+# --- models with blocks ----------------------------------------------------------------------------
+
+SIZE = 3
+PROMPTS = [START, 3, 1, 5, 2, 7, 7, 0]  # its beginnings: of 0 … 2 · SIZE + 1 tokens
+
+
+def block_student(family="llama", *, attention="block", block_size=SIZE, **settings):
+    layers = {} if family == "granite" else {"layers": 2}
+    denoiser = random_student(family, block_size=block_size, **layers, **settings)
+    denoiser.attention = attention
+    return denoiser
+
+
+def slow_blocks(denoiser, ids, settings):
+    """Row and order by the slow reference, which reads everything anew at every step."""
+    holes = [i for i, token in enumerate(ids) if token == MASK]
+    size = settings.block_length or denoiser.block_size
+    blocks = [[i for i in holes if i // size == number] for number in range(len(ids) // size + 1)]
+    blocks = [block for block in blocks if block]
+    per_block = settings.steps // len(blocks) if settings.steps else size
+    counts = [
+        oracles.llada_transfer_tokens(torch.tensor([len(block)]), per_block)[0].tolist()
+        if settings.threshold is None
+        else [1] * len(block)
+        for block in blocks
+    ]
+    logits_fn = oracles.block_logits(
+        denoiser.model,
+        block_size=denoiser.block_size,
+        attention=denoiser.attention,
+        shift=denoiser.shift,
+        mask_id=MASK,
+        given=[i for i in range(len(ids)) if i not in holes],
+        scale=settings.cfg_scale,
+    )
+    return oracles.slow_low_confidence_greedy(
+        logits_fn, ids, holes, blocks, counts, [MASK], settings.threshold
+    )
+
+
+def count_forwards(denoiser):
+    """A list that grows by (rows, tokens) with every forward of the model."""
+    seen = []
+    embeddings = denoiser.model.get_input_embeddings()
+    embeddings.register_forward_hook(lambda _, inputs, __: seen.append(tuple(inputs[0].shape)))
+    return seen
+
+
+@pytest.mark.parametrize("attention", BLOCK_ATTENTIONS)
+@pytest.mark.parametrize(
+    ("family", "shift"), [("llama", True), ("llama", False), ("granite", True)]
+)
+def test_every_step_with_a_cache_is_one_over_two_streams(family, shift, attention):
+    denoiser = block_student(family, shift=shift, attention=attention)
+    for length in range(int(shift), 2 * SIZE + 2):
+        canvas = make_canvas(denoiser, [*PROMPTS[:length], *[MASK] * 5], FULL)
+        while not canvas.finished:
+            (found,), _ = block_logits(denoiser, [canvas])
+            wanted_L = torch.zeros_like(canvas.open_L)
+            wanted_L[canvas.blocks[0]] = canvas.open_L[canvas.blocks[0]]
+            with torch.no_grad():
+                expected = denoiser(canvas.ids_L[None], wanted_L[None], x0_bL=canvas.ids_L[None])
+            assert torch.allclose(found[:, :MASK], expected[:, :MASK], atol=1e-4, rtol=1e-4)
+            assert (found[:, MASK] == -math.inf).all()
+            take_step(denoiser, {0: canvas})
+            # Whole blocks of clean tokens are kept, as far as they have been read.
+            kept = canvas.prefixes[0].length
+            assert kept % SIZE == 0
+            assert canvas.finished or kept + 2 * SIZE > canvas.blocks[0].start
+
+
+VARIANTS = [
+    {},
+    {"steps": 2},  # a block
+    {"threshold": 0.2},
+    {"cfg_scale": 0.7},
+    {"block_length": 1},
+    {"block_length": 1, "cfg_scale": 0.7, "threshold": 0.1},
+]
+
+
+@pytest.mark.parametrize("attention", BLOCK_ATTENTIONS)
+@pytest.mark.parametrize(("family", "shift"), [("llama", True), ("gpt2", False), ("granite", True)])
+def test_blocks_equal_slow_greedy(family, shift, attention):
+    denoiser = block_student(family, shift=shift, attention=attention)
+    seen = count_forwards(denoiser)
+    lengths = [
+        *itertools.product([{}], (int(shift), 2, 3, 5)),
+        *itertools.product(VARIANTS, (4, 7)),
+    ]
+    for variant, length in lengths:
+        ids = [*PROMPTS[:length], *[MASK] * 6]
+        settings = replace(FULL, **variant)
+        if settings.steps:
+            settings = replace(settings, steps=settings.steps * (3 if length % SIZE else 2))
+        expected, order = slow_blocks(denoiser, ids, settings)
+        canvas = make_canvas(denoiser, ids, settings)
+        seen.clear()
+        (row,), done = run(denoiser, [canvas])
+        assert row == expected
+        assert [step.commits[0].positions_k.tolist() for step in done] == order
+        # One forward a step: clean tokens are read with the block that comes after them.
+        assert len(seen) == len(order)
+        assert canvas.nfe == len(order) * (2 if settings.cfg_scale else 1)
+
+
+def test_every_token_is_read_clean_once():
+    denoiser = block_student(shift=True)
+    seen = count_forwards(denoiser)
+    run(denoiser, [make_canvas(denoiser, [*PROMPTS[:7], *[MASK] * 6], FULL)])
+    # 6 of the prompt and the block 6 … 8; later its tokens and the next block; the last has one.
+    assert seen == [(1, 9), (1, 3), (1, 6), (1, 3), (1, 3), (1, 4)]
+
+
+@pytest.mark.parametrize("attention", BLOCK_ATTENTIONS)
+def test_a_hole_in_a_text_of_blocks(attention):
+    denoiser = block_student(shift=True, attention=attention)
+    ids = [START, 3, *[MASK] * 5, 4, 9, 9, 1, MASK, MASK, 2, 8, 8, 8, MASK]
+    expected, order = slow_blocks(denoiser, ids, FULL)
+    (row,), done = run(denoiser, [make_canvas(denoiser, ids, FULL)])
+    assert row == expected
+    assert [step.commits[0].positions_k.tolist() for step in done] == order
+
+
+@pytest.mark.parametrize("attention", BLOCK_ATTENTIONS)
+def test_of_the_text_after_a_hole_its_last_block_is_seen(attention):
+    denoiser = block_student(attention=attention)
+
+    def first(ids):
+        (found,), _ = block_logits(denoiser, [make_canvas(denoiser, ids, FULL)])
+        return found[:, :MASK]
+
+    before = first([START, MASK, 4, 5, 6])
+    assert not torch.allclose(first([START, MASK, 7, 5, 6]), before, atol=1e-3)
+    assert torch.equal(first([START, MASK, 4, 8, MASK, 9]), before)
+
+
+BLOCK_ROWS = [
+    ([START, 3, 1, *[MASK] * 6], FULL),
+    ([START, *[MASK] * 9, 5], replace(FULL, temperature=0.8, remasking="random", steps=4)),
+    ([START, 7, 7, 7, 2, 2, 2, 7, *[MASK] * 4], replace(FULL, cfg_scale=1.0, temperature=0.5)),
+    ([START, *[MASK] * 2, 4, *[MASK] * 5], replace(FULL, block_length=1, remasking="margin")),
+    ([START, 2, *[MASK] * 7], replace(FULL, temperature=1.3, threshold=0.3)),
+    ([START, 2, *[MASK] * 7], replace(FULL, cfg_scale=0.4, suppress_eos=True, eos_last=True)),
+    ([START, 1, 1, *[MASK] * 12], SamplerSettings(temperature=1.0)),
+]
+
+
+@pytest.mark.parametrize("attention", BLOCK_ATTENTIONS)
+@pytest.mark.parametrize(("family", "shift"), [("llama", True), ("gpt2", False), ("granite", True)])
+def test_a_row_of_blocks_is_the_same_alone_and_in_any_batch(family, shift, attention):
+    denoiser = block_student(family, shift=shift, attention=attention)
+
+    def canvases(order):
+        rows = [(i, *BLOCK_ROWS[i]) for i in order]
+        return [make_canvas(denoiser, ids, settings, key=(5, i)) for i, ids, settings in rows]
+
+    alone = [run(denoiser, canvases([i]))[0][0] for i in range(len(BLOCK_ROWS))]
+    for order in (range(7), [3, 6, 0, 5, 2, 1, 4], [4, 4, 1]):
+        assert run(denoiser, canvases(order))[0] == [alone[i] for i in order]
+    for batch_size in (1, 2, 4):
+        later = canvases(range(7))
+        widths = [len(step.commits) for step in denoise(denoiser, later, batch_size=batch_size)]
+        assert [canvas.ids_L.tolist() for canvas in later] == alone
+        assert max(widths) == batch_size
+
+
+def test_equal_keys_give_equal_text_in_blocks():
+    denoiser = block_student(shift=True)
+    settings = replace(FULL, temperature=1.5)
+    ids = [START, 3, *[MASK] * 9]
+    texts = [tuple(fill(denoiser, ids, settings, key=("k", i))) for i in (0, 1, 0, 2)]
+    assert texts[0] == texts[2]
+    assert len(set(texts)) == 3
+
+
+@pytest.mark.parametrize("failing", ["forward", "proposals"])
+@pytest.mark.parametrize("number", [0, 1, 3, 4])
+def test_a_step_of_blocks_that_fails_changes_nothing(failing, number, monkeypatch):
+    denoiser = block_student(shift=True)
+
+    def canvases():
+        return [
+            make_canvas(
+                denoiser,
+                [*PROMPTS[:length], *[MASK] * 6],
+                replace(FULL, temperature=1.0, cfg_scale=scale, remasking=remasking),
+                key=(3, length),
+            )
+            for length, scale, remasking in ((2, 0.0, "random"), (7, 1.0, "margin"))
+        ]
+
+    expected, _ = run(denoiser, canvases())
+    rows = canvases()
+    for _ in range(number):
+        take_step(denoiser, dict(enumerate(rows)))
+
+    def state():
+        own = [(r.ids_L.tolist(), r.nfe, r.step, list(r.due), list(r.blocks)) for r in rows]
+        return own, [r.random.get_state().tolist() for r in rows]
+
+    calls = itertools.count()
+
+    def breaking(real, at):
+        def call(*arguments, **more):
+            if next(calls) == at:
+                raise MemoryError
+            return real(*arguments, **more)
+
+        return call
+
+    before, prefixes = state(), [row.prefixes for row in rows]
+    parts = [p for row in rows for prefix in row.prefixes for layer in prefix.layers for p in layer]
+    copies = [part.clone() for part in parts]
+    if failing == "forward":  # in the last layer: the cache of the forward has grown by then
+        layer = denoiser.model.base_model.layers[-1]
+        monkeypatch.setattr(layer, "forward", breaking(layer.forward, 0))
+    else:  # the forward has gone well, and one row has drawn its tokens
+        monkeypatch.setattr("mdm.sampler.propose", breaking(propose, 1))
+    with pytest.raises(MemoryError):
+        take_step(denoiser, dict(enumerate(rows)))
+    assert state() == before
+    assert all(row.prefixes is own for row, own in zip(rows, prefixes, strict=True))
+    assert all(torch.equal(part, copy) for part, copy in zip(parts, copies, strict=True))
+    for _ in denoise(denoiser, rows):
+        pass
+    assert [row.ids_L.tolist() for row in rows] == expected
+
+
+def test_what_is_kept_is_freed_at_the_end():
+    denoiser = block_student(shift=True)
+    ids = [*PROMPTS[:4], *[MASK] * 4]
+    canvas = make_canvas(denoiser, ids, replace(FULL, cfg_scale=1.0))
+    take_step(denoiser, {0: canvas})
+    assert [prefix.length for prefix in canvas.prefixes] == [3, 3]
+    plain = make_canvas(denoiser, ids, FULL)
+    take_step(denoiser, {0: plain})
+    assert [prefix.length for prefix in plain.prefixes] == [3, 0]
+    for _ in denoise(denoiser, [canvas, plain]):
+        assert all(row.finished is (row.prefixes is NOTHING_READ) for row in (canvas, plain))
+    assert canvas.finished
+    assert plain.finished
+
+
+def test_a_row_of_blocks_stops_at_an_end(monkeypatch):
+    denoiser = block_student(shift=True)
+    logits_V = torch.zeros(V)
+    logits_V[END], logits_V[MASK] = 9.0, -math.inf
+    monkeypatch.setattr(denoiser, "head", lambda rows_ND: logits_V.expand(len(rows_ND), -1))
+    canvas = make_canvas(denoiser, [*PROMPTS[:5], *[MASK] * 7], SamplerSettings())
+    (row,), _ = run(denoiser, [canvas])
+    assert row == [*PROMPTS[:5], *[END] * 7]
+    assert (canvas.nfe, canvas.ended) == (1, True)
+    assert canvas.prefixes is NOTHING_READ
+
+
+@pytest.mark.parametrize("attention", ["block", "context_causal"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_blocks_of_one_token_write_as_the_causal_model_does(family, attention):
+    # Greedy, without the mask; a shifted model reads each token from the clean one before it.
+    model = tiny_model(family, 16, layers=2, hidden=16)
+    causal = tiny_model(family, 16, layers=2, hidden=16)
+    make_bidirectional(model)
+    denoiser = Denoiser(model, word_vocab(), shift=True, block_size=1, attention=attention).eval()
+    ids = PROMPTS[:4]
+    row = fill(denoiser, [*ids, *[MASK] * 12])
+    with torch.no_grad():
+        for _ in range(12):
+            logits_V = causal(torch.tensor([ids])).logits[0, -1]
+            ids = [*ids, int(logits_V[:MASK].argmax())]
+    assert row == ids
+    assert len(set(row[4:])) > 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"block_length": 3}, "block_length is 3, but this model denoises in blocks of 4 tokens"),
+        ({"block_length": 8}, "block_length is 8, .* blocks of 4 tokens; leave block_length out"),
+        (
+            {"compat": "llada"},
+            "compat=llada is a sampler for models without blocks, .* blocks of 4",
+        ),
+        (
+            {"steps": 4},
+            "steps is 4, but there are 3 blocks of 4 tokens; make steps a multiple of 3",
+        ),
+        ({"steps": 3, "block_length": 2}, "steps is 3, but there are 5 blocks of 2 tokens"),
+    ],
+)
+def test_settings_that_do_not_go_with_blocks(settings, text):
+    denoiser = random_student(block_size=4)
+    with pytest.raises(ConfigError, match=text):
+        make_canvas(denoiser, HOLES["continue"], replace(FULL, **settings))
+
+
+def test_blocks_are_counted_from_the_start_of_the_text():
+    denoiser = random_student(block_size=4)
+
+    def blocks(settings, ids):
+        found = make_canvas(denoiser, ids, settings)
+        return [(block.start, block.stop) for block in found.blocks], found.steps_per_block
+
+    assert blocks(FULL, HOLES["continue"]) == ([(3, 4), (4, 8), (8, 11)], 4)
+    assert blocks(replace(FULL, steps=6), HOLES["continue"])[1] == 2
+    sub = replace(FULL, block_length=2)
+    assert blocks(sub, HOLES["continue"]) == ([(3, 4), (4, 6), (6, 8), (8, 10), (10, 11)], 2)
+    assert blocks(FULL, [1, MASK, 2, 3, 4, 5, 6, 7, 8, MASK, 9]) == ([(1, 4), (8, 10)], 4)
+    with pytest.raises(AssertionError, match="counted from position 0"):
+        make_canvas(denoiser, [START, START, MASK], FULL, padding=1)
