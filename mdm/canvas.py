@@ -92,7 +92,7 @@ class Canvas:
     given_L         true at the prompt (and suffix): replaced by masks in the unconditional pass
     open_L          true where a token is still to be decided
     blocks          slices of the row, decoded in turn
-    steps_per_block denoising steps of each block
+    block_steps     denoising steps of each block
     due             tokens to commit in each remaining step of the current block
     decided_L       step at which a position was decided, from 0; -1 = given or open
     nfe             denoiser forwards of this row so far; guidance counts 2
@@ -108,7 +108,7 @@ class Canvas:
     settings: SamplerSettings
     random: torch.Generator
     blocks: list[slice]
-    steps_per_block: int
+    block_steps: list[int]
     due: list[int] = dataclasses.field(default_factory=list)
     decided_L: torch.Tensor = dataclasses.field(init=False)
     step: int = 0
@@ -128,11 +128,11 @@ class Canvas:
     def enter_block(self) -> None:
         """Plan the steps of the first block that needs any; without one the canvas is finished."""
         while self.blocks and not self.due:
-            due = tokens_due(int(self.open_L[self.blocks[0]].sum()), self.steps_per_block)
+            due = tokens_due(int(self.open_L[self.blocks[0]].sum()), self.block_steps[0])
             # The published sampler runs every step; a step that commits nothing is a wasted forward.
             self.due = due if self.settings.compat == "llada" else [k for k in due if k]
             if not self.due:
-                self.blocks.pop(0)
+                self._leave_block()
         if self.finished:
             self.prefixes = NOTHING_READ
 
@@ -147,8 +147,11 @@ class Canvas:
         # A step of a schedule is one step however many it decided; by threshold, one due is one token.
         del self.due[: 1 if self.settings.threshold is None else len(positions_k)]
         if not self.due:
-            self.blocks.pop(0)
+            self._leave_block()
             self.enter_block()
+
+    def _leave_block(self) -> None:
+        del self.blocks[0], self.block_steps[0]
 
     def end(self, fill_id: int) -> None:
         """Close the row: what is still open becomes `fill_id`."""

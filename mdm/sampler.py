@@ -24,6 +24,7 @@ from .errors import ConfigError
 from .grid import BlockGrid
 from .llada import published_commits
 from .remasking import REMASKING, keep_above, keep_highest
+from .schedule import shared_steps
 
 Key = tuple[int | str, ...]
 
@@ -50,7 +51,7 @@ def make_canvas(
     leading positions are ignored by attention (full canvas only). A model with blocks sees of the text
     after a hole what stands in the hole's last block and nothing further on: it was trained so.
     Raises ConfigError if the canvas is longer than the context or has no token before its first mask,
-    steps do not divide among the blocks, or the settings do not go with the model's blocks.
+    steps cannot be shared out over the blocks, or the settings do not go with the model's blocks.
     """
     check_blocks(denoiser, settings)
     assert not padding or denoiser.block_size is None, "blocks are counted from position 0"
@@ -70,13 +71,7 @@ def make_canvas(
     grid = decoding_grid(denoiser, start, end, settings.block_length)
     all_blocks = [grid.block(i) for i in range(grid.num_blocks)]
     blocks = [slice(max(start, b.start), b.stop) for b in all_blocks if bool(open_L[b].any())]
-    steps = len(where) if settings.steps is None else settings.steps
-    if settings.steps is not None and blocks and steps % len(blocks):
-        raise ConfigError(
-            f"steps is {steps}, but there are {len(blocks)} blocks of {grid.block_length} tokens;"
-            f" make steps a multiple of {len(blocks)}, it is the total over all blocks"
-        )
-    per_block = steps // max(1, len(blocks)) if settings.steps else grid.block_length
+    steps = block_steps(denoiser, [int(open_L[block].sum()) for block in blocks], settings)
     valid_L = torch.ones_like(open_L)
     valid_L[:padding] = False
     return Canvas(
@@ -88,8 +83,27 @@ def make_canvas(
         settings=settings,
         random=generator("sample", *key),
         blocks=blocks,
-        steps_per_block=per_block,
+        block_steps=steps,
     )
+
+
+def block_steps(denoiser: Denoiser, counts: list[int], settings: SamplerSettings) -> list[int]:
+    """Denoising steps of each block, of which `counts` positions are open; in all they are `steps`.
+
+    Equally many for each, as LLaDA has it. How many blocks of a model with blocks a hole lies in depends on
+    the length of the prompt, and the first may be nearly full, so there they go by open positions.
+    """
+    steps = settings.steps
+    if steps is None:
+        return counts
+    if denoiser.block_size is not None:
+        return shared_steps(counts, steps)
+    if counts and steps % len(counts):
+        raise ConfigError(
+            f"steps is {steps}, but there are {len(counts)} blocks of {settings.block_length} tokens;"
+            f" make steps a multiple of {len(counts)}, it is the total over all blocks"
+        )
+    return [steps // len(counts) for _ in counts]
 
 
 def check_blocks(denoiser: Denoiser, settings: SamplerSettings) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -36,6 +36,25 @@ SCHEDULES: dict[str, Schedule] = {
     "linear": Schedule(alpha=lambda t: 1 - t, loss_weight=lambda t: 1 / t),
     "cosine": Schedule(alpha=_cosine_alpha, loss_weight=_cosine_weight),
 }
+
+
+def shared_steps(counts: Sequence[int], steps: int) -> list[int]:
+    """`steps` denoising steps shared out over blocks with these numbers of masks, at least 1 each.
+
+    In proportion, rounded; they sum to `steps`. Raises ConfigError if there are too few.
+    """
+    if steps < len(counts):
+        raise ConfigError(
+            f"steps is {steps}, but there are {len(counts)} blocks to denoise, which take a step each at"
+            f" least; set steps to {len(counts)} or more"
+        )
+    shares, left, masks = [], steps, sum(counts)
+    for place, count in enumerate(counts):
+        even = (2 * left * count + masks) // (2 * masks)
+        others = len(counts) - place - 1
+        shares.append(min(max(1, even), left - others))
+        left, masks = left - shares[-1], masks - count
+    return shares
 
 
 def tokens_due(num_masked: int, steps: int) -> list[int]:

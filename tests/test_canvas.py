@@ -23,7 +23,7 @@ def canvas(holes, *, blocks, steps_per_block, compat="default"):
         settings=SamplerSettings(compat=compat),
         random=torch.Generator(),
         blocks=[slice(*block) for block in blocks],
-        steps_per_block=steps_per_block,
+        block_steps=[steps_per_block] * len(blocks),
     )
 
 

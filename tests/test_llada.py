@@ -226,7 +226,7 @@ def test_trap_5_a_mask_in_the_prompt_takes_budget_and_masks_are_left():
             settings=settings,
             random=torch.Generator(),
             blocks=[slice(4, 8), slice(8, 12)],  # the prompt belongs to no block
-            steps_per_block=2,
+            block_steps=[2, 2],
         )
         assert torch.equal(run_published(denoiser, [canvas]), expected_BL)
         left_over += bool((expected_BL == MASK).any())

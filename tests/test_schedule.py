@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mdm.errors import ConfigError
-from mdm.schedule import SCHEDULES, tokens_due
+from mdm.schedule import SCHEDULES, shared_steps, tokens_due
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
@@ -41,3 +41,21 @@ def test_tokens_due_is_the_published_schedule(num_masked, steps):
 def test_no_steps_is_an_error():
     with pytest.raises(ConfigError, match="steps must be at least 1; got 0"):
         tokens_due(4, 0)
+
+
+@pytest.mark.parametrize("counts", [(1, 4, 4, 3), (4,), (1, 1, 1), (3, 8, 8, 8, 5), (8, 1)])
+def test_steps_are_shared_out_in_proportion(counts):
+    for steps in range(len(counts), sum(counts) + 3):
+        shares = shared_steps(counts, steps)
+        assert sum(shares) == steps
+        assert min(shares) >= 1
+        for share, count in zip(shares, counts, strict=True):
+            even = steps * count / sum(counts)
+            assert abs(share - even) < 1.5 or share == 1
+    assert shared_steps(counts, sum(counts)) == list(counts)
+
+
+def test_every_block_needs_a_step():
+    with pytest.raises(ConfigError, match="steps is 2, but there are 3 blocks .* set steps to 3"):
+        shared_steps([4, 4, 4], 2)
+    assert shared_steps([], 4) == []
