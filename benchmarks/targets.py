@@ -362,12 +362,16 @@ def proposals(student: Denoiser, question: Question) -> SoftTargets:
         x0_BL=question.x0_BL,
         xt_BL=apply_mask(question.x0_BL, masked_BL, student.mask_id),
         document_ids_BL=question.document_ids_BL,
+        maskable_BL=masked_BL,
         masked_BL=masked_BL,
         distilled_BL=question.wanted_BL,
         ce_weight_BL=masked_BL.float(),
         kd_weight_BL=masked_BL.float(),
+        level_BL=masked_BL.float(),
         denominator=1.0,
+        kd_denominator=1.0,
         keys=question.keys,
+        block_size=student.block_size or 0,
     )
     return own_distributions(student, batch, TOP_K)
 

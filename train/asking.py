@@ -64,7 +64,11 @@ def own_distributions(student: Denoiser, batch: MaskedBatch, top_k: int) -> Soft
         cache_enabled=False,
     ):
         found_N2K = student(
-            batch.xt_BL, batch.masked_BL, document_ids_BL=batch.document_ids_BL, score=likeliest
+            batch.xt_BL,
+            batch.masked_BL,
+            document_ids_BL=batch.document_ids_BL,
+            score=likeliest,
+            **batch.clean,
         )
     student.train(was_training)
     log_probs_NK, ids_NK = found_N2K.chunk(2, dim=-1)

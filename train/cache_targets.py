@@ -217,11 +217,14 @@ def all_maskable(data: Rows, rows: Sequence[int]) -> MaskedBatch:
         x0_BL=tokens_BL,
         xt_BL=tokens_BL,  # no student looks at it
         document_ids_BL=document_ids_BL,
+        maskable_BL=maskable_BL,
         masked_BL=maskable_BL,
         distilled_BL=maskable_BL,
         ce_weight_BL=nothing_BL,
         kd_weight_BL=nothing_BL,
+        level_BL=nothing_BL,
         denominator=1.0,
+        kd_denominator=1.0,
         keys=tuple((row,) for row in rows),
         rows=tuple(rows),
     )

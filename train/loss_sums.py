@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -39,8 +38,7 @@ def loss_sums(
     masked_BL = batch.masked_BL
     ids_N, ce_weight_N = batch.x0_BL[masked_BL], batch.ce_weight_BL[masked_BL]
     inputs: tuple[torch.Tensor, ...] = (ids_N, ce_weight_N)
-    by_token = targets is not None and not isinstance(targets, ChunkTargets)
-    if by_token:
+    if targets is not None and not isinstance(targets, ChunkTargets):
         spread = partial(_rows_at, batch.distilled_BL[masked_BL])
         share_BL = torch.ones_like(batch.level_BL) if batch.share_BL is None else batch.share_BL
         inputs += (batch.kd_weight_BL[masked_BL], share_BL[masked_BL])
@@ -65,12 +63,10 @@ def loss_sums(
             found.append(-cross_entropy(logits_nV, ids_n))
         return torch.stack(found, dim=-1)
 
-    options: dict[str, Any] = {}
+    options = batch.clean
     if settings.ar_weight:
         options["next_bL"] = _predicting(batch)
         inputs = _with_next_tokens(inputs, batch, options["next_bL"])
-    if batch.block_size:
-        options |= {"x0_bL": batch.x0_bL, "block_size": batch.block_size}
     scored = denoiser(
         batch.xt_BL,
         masked_BL,

@@ -83,6 +83,11 @@ class MaskedBatch:
         return self.x0_BL[: len(self.x0_BL) // self.copies]
 
     @property
+    def clean(self) -> dict[str, Any]:
+        """What a student with blocks reads besides the noisy rows, as arguments of its forward."""
+        return {"x0_bL": self.x0_bL, "block_size": self.block_size} if self.block_size else {}
+
+    @property
     def num_tokens(self) -> int:
         """Tokens in the batch, padding and copies left out."""
         return int((self.document_ids_BL[: len(self.x0_bL)] >= 0).sum())

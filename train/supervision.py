@@ -120,14 +120,14 @@ def bind(recipe: Recipe, teacher: Teacher | None, vocab: Vocab, data: PreparedDa
         return cached_answers(recipe, data, len(vocab))
     assert teacher is not None
     if target.kind in READERS:
-        assert data.readings is not None, "the rows were read by the teacher"
+        readings = data.readings
+        assert readings is not None, "the rows were read by the teacher"
         require_reading_room(data.manifest["splits"]["train"]["longest_reading"], teacher)
+        if isinstance(teacher, DiffusionTeacher):
+            return ask_chunks(teacher, readings, target)
+        return ask_foreign(teacher, readings, vocab, target, objective.kd_temperature)
     if isinstance(teacher, DiffusionTeacher):
-        if target.kind == DENOISED:
-            return ask_denoised(teacher, target)
-        return ask_chunks(teacher, data.readings, target)
-    if target.kind in FOREIGN:
-        return ask_foreign(teacher, data.readings, vocab, target, objective.kd_temperature)
+        return ask_denoised(teacher, target)
 
     def ask(batch: MaskedBatch, student: Denoiser | None) -> Targets:
         return soft_targets(teacher, batch, target, objective.kd_temperature, student)
