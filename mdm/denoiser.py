@@ -93,6 +93,7 @@ class Denoiser(nn.Module):
         x0_bL: torch.Tensor | None = None,
         document_ids_BL: torch.Tensor | None = None,
         block_size: int | None = None,
+        next_bL: torch.Tensor | None = None,
         score: Score | None = None,
         score_inputs: tuple[torch.Tensor, ...] = (),
         with_states: bool = False,
@@ -102,12 +103,20 @@ class Denoiser(nn.Module):
         With `score`, logits exist only for a chunk of rows at a time and are recomputed in the
         backward pass; each of `score_inputs` has N rows, the result is the scores of all N rows.
         `with_states` gives it the states (n, D) that the logits are made of as second argument.
+        The logits of the mask token and of unused rows of the head are -inf.
+
         A model with blocks, and no other, needs the clean tokens `x0_bL` of its b rows, each of which may
         have several noisy copies: B is a multiple of b, and the first b rows are the first copies. It takes
-        `block_size` in place of its own if that is given. The logits of the mask token and of unused rows of the head are -inf.
+        `block_size` in place of its own if that is given. After the N rows come those of the clean tokens
+        marked in `next_bL`, whose logits are of the token after them.
         """
         rows_ND = self.rows(
-            xt_BL, wanted_BL, x0_bL=x0_bL, document_ids_BL=document_ids_BL, block_size=block_size
+            xt_BL,
+            wanted_BL,
+            x0_bL=x0_bL,
+            document_ids_BL=document_ids_BL,
+            block_size=block_size,
+            next_bL=next_bL,
         )
         if score is None:
             return self.head(rows_ND)
@@ -133,14 +142,17 @@ class Denoiser(nn.Module):
         x0_bL: torch.Tensor | None = None,
         document_ids_BL: torch.Tensor | None = None,
         block_size: int | None = None,
+        next_bL: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(N, D) inputs of the head for the wanted positions."""
+        """(N, D) inputs of the head for the wanted positions, then those for `next_bL`."""
         assert (x0_bL is None) == (self.block_size is None), "blocks need the clean tokens"
         if x0_bL is not None:
             if document_ids_BL is None:
                 document_ids_BL = torch.zeros_like(xt_BL)
             size = block_size or self.block_size or 1
-            return self._block_rows(xt_BL, wanted_BL, x0_bL, document_ids_BL[: len(x0_bL)], size)
+            ids_bL = document_ids_BL[: len(x0_bL)]
+            return self._block_rows(xt_BL, wanted_BL, x0_bL, ids_bL, size, next_bL)
+        assert next_bL is None, "only a model with blocks reads clean tokens"
         if self.shift:
             assert not bool(wanted_BL[:, 0].any()), (
                 "position 0 of a shifted model has no predecessor"
@@ -158,8 +170,10 @@ class Denoiser(nn.Module):
         x0_bL: torch.Tensor,
         document_ids_bL: torch.Tensor,
         block_size: int,
+        next_bL: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(N, D) inputs of the head for the wanted positions, from one pass over [x_t ; x_0]."""
+        """(N + A, D) inputs of the head for the wanted positions and, from the clean tokens, for the ones
+        after `next_bL`, from one pass over [x_t ; x_0]."""
         rows, length = x0_bL.shape
         copies = len(xt_BL) // rows
         tokens = attention.two_stream(document_ids_bL, xt_BL == self.mask_id)
@@ -176,6 +190,12 @@ class Denoiser(nn.Module):
             stream_N = torch.where(position_N % block_size == 0, copies, stream_N)
             place_N = place_N - 1
         place_N = stream_N * length + place_N
+        if next_bL is not None:
+            row_A, place_A = next_bL.nonzero(as_tuple=True)
+            row_N, place_N = (
+                torch.cat([row_N, row_A]),
+                torch.cat([place_N, copies * length + place_A]),
+            )
         needed_bS = torch.zeros_like(tokens.masked)
         needed_bS[row_N, place_N] = True
         x_bS = torch.cat([*xt_BL.chunk(copies), x0_bL], dim=1)
