@@ -16,7 +16,13 @@ import torch
 from mdm import autoregressive, fim, likelihood
 from mdm.autoregressive import Autoregressive, DecodingSettings
 from mdm.canvas import SamplerSettings
-from mdm.checkpoint import config_hash, is_denoiser, load_ar, load_denoiser, source_identity
+from mdm.checkpoint import (
+    config_hash,
+    load_ar,
+    load_denoiser,
+    opens_as_denoiser,
+    source_identity,
+)
 from mdm.commands import to_device
 from mdm.config import build, require
 from mdm.denoiser import Denoiser
@@ -191,10 +197,10 @@ class Evaluated:
 
 
 def open_evaluated(source: str, settings: ModelSettings, device: str | None = None) -> Evaluated:
-    """The model behind a source: an mdm folder is a student, anything else an AR model."""
+    """The model behind a source: an mdm folder or a published diffusion model is a student, else AR."""
     dtype = DTYPES[settings.dtype]
     model: Denoiser | Autoregressive
-    if is_denoiser(source):
+    if opens_as_denoiser(source):
         model = load_denoiser(source, dtype=dtype)
         moved: torch.nn.Module = model
     else:

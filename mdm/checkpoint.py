@@ -1,8 +1,9 @@
 """Model folders: read AR models (folder, hub name, GGUF file) and denoisers, write denoisers atomically.
 
 A denoiser is a Hugging Face folder (config.json with `is_causal: false`, model.safetensors,
-tokenizer) plus `mdm.json` with our settings and the lineage, so `transformers` can open it too.
-No pickle, and no code that comes with a checkpoint is ever run.
+tokenizer) plus `mdm.json` with our settings and the lineage, so `transformers` can open it too; or what
+others have published (published.py), which is read and never written.
+No pickle, and no code that comes with a checkpoint is run unless the user asks for it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
-import io
 import json
 import logging
 import os
@@ -24,6 +24,17 @@ import torch
 
 from .denoiser import Denoiser
 from .errors import CheckpointError, ConfigError, check_known
+from .loading import quiet, readable, require_complete
+from .published import (
+    Published,
+    config_of,
+    has_own_code,
+    load_own_code,
+    load_published,
+    published_tokenizer,
+    published_vocab,
+    recognise,
+)
 from .vocab import Vocab, read_vocab
 
 if TYPE_CHECKING:
@@ -62,12 +73,16 @@ def load_ar(
 
     if source == EMBEDDED:
         _fill_embedded_cache()
+    if found := published_at(source):
+        raise CheckpointError(
+            f"{source} is a diffusion model ({found.family.name}), not an autoregressive one"
+        )
     place, options = _resolve(source)
     if not options and Path(place).is_dir() and not (Path(place) / "config.json").is_file():
         raise CheckpointError(f"{source} has no config.json, so it is not a model folder")
     quantised = _quantised(source, quantization, dtype, device, is_gguf=bool(options))
     tokenizer = load_tokenizer(source)
-    with _readable(source), quiet():
+    with readable(source), quiet():
         if options:  # dequantised, or the model could be neither trained nor saved
             options = {**options, "quantization_config": GgufConfig(dequantize=True)}
         model, loading = AutoModelForCausalLM.from_pretrained(
@@ -78,7 +93,7 @@ def load_ar(
             **options,
             **quantised,
         )
-    _require_complete(source, loading)
+    require_complete(source, loading)
     return model.eval(), tokenizer
 
 
@@ -113,43 +128,60 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """The tokenizer of an AR model or denoiser (any source of `load_ar`)."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    if found := published_at(source):
+        return published_tokenizer(found)
     place, options = _resolve(source)
     # Of a denoiser just what was saved: for some architectures AutoTokenizer builds another one.
     ours = (Path(place) / SETTINGS_FILE).is_file()
     kind = PreTrainedTokenizerFast if ours else AutoTokenizer
-    with _readable(source), quiet():
+    with readable(source), quiet():
         return kind.from_pretrained(place, trust_remote_code=False, **options)
 
 
 def load_config(source: str) -> PretrainedConfig:
-    """The config of an AR model (any source of `load_ar`), without its weights."""
+    """The config of an AR model (any source of `load_ar`) or denoiser, without its weights."""
     from transformers import AutoConfig
 
+    if (found := published_at(source)) and (config := config_of(found)):
+        return config
     place, options = _resolve(source)
-    with _readable(source), quiet():
+    with readable(source), quiet():
         return AutoConfig.from_pretrained(place, trust_remote_code=False, **options)
 
 
-def load_denoiser(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Denoiser:
-    """The denoiser in a folder written by `save_denoiser`, in eval mode, on the CPU.
+def load_denoiser(
+    path: str | Path, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> Denoiser:
+    """The denoiser in a folder written by `save_denoiser` or published, in eval mode, on the CPU.
 
-    Raises CheckpointError if the folder is missing, is not a denoiser, or is incomplete.
+    A hub name of a published one will do, too. `trust_remote_code` lets a model that comes with its own
+    code run it; so does the environment (published.py). Raises CheckpointError if the folder is missing,
+    is not a denoiser, is incomplete, or has code that may not be run; ConfigError if a published model
+    does not say how it was trained.
     """
+    if found := published_at(path):
+        return load_published(found, dtype=dtype, trust_remote_code=trust_remote_code)
     settings = read_settings(path)
-    model, _ = load_ar(str(path), dtype=dtype)
-    lineage = tuple(settings["lineage"])
+    if has_own_code(path):
+        model = load_own_code(
+            Path(path).expanduser(), str(path), dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    else:
+        model, _ = load_ar(str(path), dtype=dtype)
     return Denoiser(
         model,
         load_vocab(str(path)),
         shift=settings["shift"],
         block_size=settings.get("block_size"),
         attention=settings.get("attention"),
-        lineage=lineage,
+        lineage=tuple(settings["lineage"]),
     ).eval()
 
 
 def load_vocab(source: str) -> Vocab:
     """The vocabulary of a denoiser, with its own special tokens, or of an AR model (no mask)."""
+    if found := published_at(source):
+        return published_vocab(found)
     tokenizer = load_tokenizer(source)
     if not is_denoiser(source):
         return read_vocab(tokenizer)
@@ -161,6 +193,21 @@ def load_vocab(source: str) -> Vocab:
 def is_denoiser(path: str | Path) -> bool:
     """Is this a folder written by `save_denoiser`?"""
     return (Path(path).expanduser() / SETTINGS_FILE).is_file()
+
+
+def published_at(source: str | Path) -> Published | None:
+    """The published diffusion model at a folder or hub name; None if it is one of ours, or none."""
+    return None if is_denoiser(source) else recognise(str(source))
+
+
+def is_published(source: str | Path) -> bool:
+    """Is this a diffusion model in the layout that others have published it in?"""
+    return published_at(source) is not None
+
+
+def opens_as_denoiser(source: str | Path) -> bool:
+    """Does `load_denoiser` read this? Otherwise it is an AR model, or nothing."""
+    return is_denoiser(source) or is_published(source)
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
@@ -255,7 +302,7 @@ def source_identity(source: str) -> str:
     path = source_path(source)
     if path is not None:
         return weights_hash(path)
-    with _readable(source):
+    with readable(source):
         commit = extract_commit_hash(cached_file(source, "config.json"), None)
         if commit is None:
             raise CheckpointError(
@@ -382,49 +429,3 @@ def _resolve(source: str) -> tuple[str, dict[str, Any]]:
     if not path.exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise CheckpointError(f"no model folder at {source!r}")
     return (str(path) if path.exists() else source), {}
-
-
-@contextlib.contextmanager
-def _readable(source: str) -> Iterator[None]:
-    """Turn whatever the loading libraries raise into one clear CheckpointError."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(
-            f"cannot load a model from {source!r} ({type(error).__name__}: {reason});"
-            " give a model folder, a .gguf file, a hub name, or `embedded`"
-        ) from error
-
-
-def _require_complete(source: str, loading: dict[str, Any]) -> None:
-    missing = sorted(loading["missing_keys"])
-    mismatched = sorted(str(key) for key in loading["mismatched_keys"])
-    if missing or mismatched:
-        raise CheckpointError(
-            f"the weights of {source!r} do not fit its config.json: {len(missing)} missing"
-            f" ({', '.join(missing[:3])}), {len(mismatched)} of another shape"
-            f" ({', '.join(mismatched[:3])})"
-        )
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the progress bars and notices of `transformers` while it loads or saves.
-
-    What matters among them (missing weights, say) is checked by us and raised.
-    """
-    from transformers.utils import logging as notices
-
-    level, bars = notices.get_verbosity(), notices.is_progress_bar_enabled()
-    notices.set_verbosity_error()
-    notices.disable_progress_bar()
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # one progress bar cannot be switched off
-            yield
-    finally:
-        notices.set_verbosity(level)
-        if bars:
-            notices.enable_progress_bar()

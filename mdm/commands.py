@@ -12,7 +12,7 @@ import click
 MODEL_HELP = "Model folder.  [default: the last finished run in runs/]"
 
 
-@click.command(short_help="Make an initial student from an AR model.")
+@click.command(short_help="Make an initial student from another model.")
 @click.argument("source")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--layers", type=int, help="Layers kept, evenly spread.  [default: all]")
@@ -29,6 +29,8 @@ MODEL_HELP = "Model folder.  [default: the last finished run in runs/]"
 @click.option("--start-token", help="Token that opens a document.  [default: bos, or eos]")
 @click.option("--end-token", help="Token that closes a document.  [default: eos]")
 @click.option("--seed", default=0, show_default=True, help="Of --random weights.")
+@click.option("--trust-remote-code", is_flag=True,
+              help="Run the code that comes with a published model that needs it.")  # fmt: skip
 def convert(
     source: str,
     output: Path,
@@ -44,16 +46,21 @@ def convert(
     start_token: str | None,
     end_token: str | None,
     seed: int,
+    trust_remote_code: bool,
 ) -> None:
-    """Make an initial student from the autoregressive model SOURCE.
+    """Make an initial student from the model SOURCE.
 
     SOURCE is a model folder, a .gguf file, a hub name, or "embedded". The student has bidirectional
     attention and a mask token; it knows its AR ancestor's weights, but not yet how to fill masks.
+
+    If SOURCE is a published diffusion model (LLaDA, Dream, SDAR, WeDLM …) it can fill masks already, and
+    is written as published but for --kind, --block-size, --attention, --no-shift and the tokens.
 
     \b
     mdm convert embedded --output students/full
     mdm convert path/to/model --layers 12 --output students/half
     mdm convert embedded --kind bd3lm --block-size 4 --output students/blocks
+    mdm convert path/to/LLaDA-8B-Base --output students/llada
     """
     from .checkpoint import save_denoiser
     from .convert import StudentSettings
@@ -73,6 +80,7 @@ def convert(
         start_token=start_token,
         end_token=end_token,
         seed=seed,
+        trust_remote_code=trust_remote_code,
     )
     student = run_conversion(settings)
     save_denoiser(student, output)
@@ -80,8 +88,8 @@ def convert(
     millions = sum(parameter.numel() for parameter in student.parameters()) / 1e6
     click.echo(
         f"{output}: {millions:.1f}M parameters, {config.num_hidden_layers} layers, width"
-        f" {config.hidden_size}, {blocks_of(student)}, mask {student.vocab.token(student.mask_id)} (id {student.mask_id}),"
-        f" shift {'on' if student.shift else 'off'}"
+        f" {config.hidden_size}, {blocks_of(student)}, mask {student.vocab.token(student.mask_id)}"
+        f" (id {student.mask_id}), shift {'on' if student.shift else 'off'}"
     )
 
 

@@ -1,8 +1,9 @@
 """AR checkpoint → initial student: same weights, fewer layers, smaller width, or random weights.
 
 The student is the same architecture with bidirectional attention (`config.is_causal = False`; blocks
-are a matter of masks), no dropout and a mask token. Layers and channels that remain keep the teacher's weights: layers evenly
-spread from first to last, channels evenly spread ("weight selection", arXiv 2311.18823).
+are a matter of masks), no dropout and a mask token. Layers and channels that remain keep the teacher's
+weights: layers evenly spread from first to last, channels evenly spread ("weight selection",
+arXiv 2311.18823). A published diffusion model (published.py) becomes a student as it is.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from .checkpoint import (
     is_denoiser,
     load_ar,
     load_config,
+    load_denoiser,
     load_tokenizer,
+    published_at,
     source_path,
     weights_hash,
 )
@@ -27,12 +30,16 @@ from .config import require
 from .denoiser import Denoiser
 from .errors import CheckpointError, ConfigError, VocabError, check_known
 from .new_tokens import give_tokens, set_tokens
+from .published import Published, load_published, published_vocab
 from .vocab import Vocab, read_vocab
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 KINDS = ("mdlm", "bd3lm")
+
+# What a published diffusion model has instead of the settings of the same name.
+AS_IT_IS = {"layers": None, "width": 1.0, "random": False, "tokenizer": None}
 
 # Projections and the dimension of their weight along which attention heads lie.
 QUERY_HEADS = {("q_proj", 0), ("o_proj", 1)}
@@ -43,20 +50,24 @@ KEY_VALUE_HEADS = {("k_proj", 0), ("v_proj", 0)}
 class StudentSettings:
     """How the initial student is made.
 
-    init         AR model: folder, .gguf file, hub name or "embedded"; or a student to train further
+    init         AR model: folder, .gguf file, hub name or "embedded"; or a student to train further; or a
+                 published diffusion model, for which null means "as published" and which keeps its layers,
+                 its width, its weights and its tokenizer
     layers       layers kept; null = all
     width        fraction of channels and heads kept, 0 < width <= 1
     random       true = random weights in the shape of the config; no weights are read
     kind         "mdlm": every token sees the whole canvas; "bd3lm": block diffusion; null = mdlm
     block_size   bd3lm: tokens a block; null = 4
     attention    bd3lm: what blocks see: block, context_causal or reordered; null = block
-    shift        position i is predicted from output i - 1, as in the AR model
+    shift        position i is predicted from output i - 1, as in the AR model; false takes it from a
+                 published model that has it, true gives it to none
     mask_token   special token of the tokenizer to reuse as mask; null = add a new one
     tokenizer    another tokenizer for the student: folder, or any model; null = that of init. Its tokens
                  start as means of the rows of what init's tokenizer makes of them
     start_token  token that opens every document; null = the tokenizer's bos, or its eos
     end_token    token that closes every document; null = the tokenizer's eos
     seed         of random weights
+    trust_remote_code  true = run the code that comes with a published model, if it has no other
     """
 
     init: str = "embedded"
@@ -72,6 +83,7 @@ class StudentSettings:
     start_token: str | None = None
     end_token: str | None = None
     seed: int = 0
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         require(0 < self.width <= 1, f"student.width must be in (0, 1]; got {self.width}")
@@ -103,10 +115,13 @@ class StudentSettings:
 def convert(settings: StudentSettings) -> Denoiser:
     """The initial student. Raises CheckpointError, VocabError or ConfigError."""
     if is_denoiser(settings.init):
-        raise ConfigError(
-            f"{settings.init} is a student already; train it further with student.init, or convert"
-            " the AR model it came from"
-        )
+        return in_other_blocks(settings)
+    if found := published_at(settings.init):
+        return convert_published(found, settings)
+    require(
+        not settings.trust_remote_code,
+        f"student.trust_remote_code is for published diffusion models; {settings.init} is none",
+    )
     vocab = student_vocab(settings)
     if settings.random:
         student = random_student(settings, vocab)
@@ -116,8 +131,42 @@ def convert(settings: StudentSettings) -> Denoiser:
             give_tokens(student, read_vocab(load_tokenizer(settings.init)), vocab)
     make_bidirectional(student)
     add_mask_row(student, vocab)
+    return Denoiser(
+        student,
+        vocab,
+        shift=settings.shift,
+        block_size=settings.blocks,
+        attention=settings.attention,
+        lineage=(lineage_step(settings),),
+    ).eval()
+
+
+def in_other_blocks(settings: StudentSettings) -> Denoiser:
+    """A student with its weights, that reads a full canvas or blocks from now on as `kind` says.
+
+    Raises ConfigError if nothing, or anything else, is asked of it.
+    """
+    layout = {name: getattr(settings, name) for name in ("kind", "block_size", "attention")}
+    if settings.kind is None or settings != StudentSettings(init=settings.init, **layout):
+        raise ConfigError(
+            f"{settings.init} is a student already: only kind, block_size and attention can be changed;"
+            " train it further with student.init, or convert the AR model it came from"
+        )
+    student = load_denoiser(settings.init)
+    return Denoiser(
+        student.model,
+        student.vocab,
+        shift=student.shift,
+        block_size=settings.blocks,
+        attention=settings.attention,
+        lineage=(*student.lineage, lineage_step(settings)),
+    ).eval()
+
+
+def lineage_step(settings: StudentSettings) -> dict[str, Any]:
+    """Where the weights of an initial student come from, and what was asked of it."""
     place = None if settings.random else source_path(settings.init)
-    step = {
+    return {
         "step": "convert",
         "from": settings.init,
         "weights": weights_hash(place) if place else None,
@@ -127,18 +176,47 @@ def convert(settings: StudentSettings) -> Denoiser:
             if field.name != "init"
         },
     }
-    return Denoiser(
-        student,
-        vocab,
-        shift=settings.shift,
-        block_size=settings.blocks,
+
+
+def convert_published(found: Published, settings: StudentSettings) -> Denoiser:
+    """A published diffusion model as a student, ready to be trained or saved.
+
+    Raises ConfigError for settings that only the making of a student from an AR model has, and whatever
+    `load_published` raises.
+    """
+    for name, value in AS_IT_IS.items():
+        asked = getattr(settings, name)
+        require(
+            asked == value,
+            f"student.{name}={asked} is for students made from an AR model; {found.source} is a published"
+            f" diffusion model ({found.family.name}), which is taken as it is",
+        )
+    student = load_published(
+        found,
+        kind=settings.kind,
+        block_size=settings.block_size,
         attention=settings.attention,
-        lineage=(step,),
-    ).eval()
+        shift=None if settings.shift else False,
+        mask_token=settings.mask_token,
+        start_token=settings.start_token,
+        end_token=settings.end_token,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    make_bidirectional(student.model)
+    became = {
+        "family": found.family.name,
+        "shift": student.shift,
+        "block_size": student.block_size,
+        "attention": student.attention,
+    }
+    student.lineage = ({**lineage_step(settings), **became},)
+    return student
 
 
 def student_vocab(settings: StudentSettings) -> Vocab:
     """The vocabulary that the initial student will have; no weights are read."""
+    if found := published_at(settings.init):
+        return published_vocab(found, settings.mask_token, settings.start_token, settings.end_token)
     try:
         tokenizer = load_tokenizer(settings.tokenizer or settings.init)
     except CheckpointError as error:

@@ -118,11 +118,11 @@ class _Opened:
 def open_scored(model: str | None, device: str | None) -> _Opened:
     """The student of --model (or of the last finished run), or an AR model."""
     from . import autoregressive, likelihood
-    from .checkpoint import is_denoiser, load_ar
+    from .checkpoint import load_ar, opens_as_denoiser
     from .commands import open_model, to_device
     from .vocab import read_vocab
 
-    if model is None or is_denoiser(model):
+    if model is None or opens_as_denoiser(model):
         denoiser, path = open_model(Path(model) if model else None, device)
 
         def score_student(pairs: Any, settings: Any) -> Any:

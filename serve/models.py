@@ -18,7 +18,14 @@ import torch
 from mdm import autoregressive, fim
 from mdm.autoregressive import Autoregressive
 from mdm.canvas import SamplerSettings
-from mdm.checkpoint import EMBEDDED, is_denoiser, load_ar, load_denoiser, source_path, weights_hash
+from mdm.checkpoint import (
+    EMBEDDED,
+    load_ar,
+    load_denoiser,
+    opens_as_denoiser,
+    source_path,
+    weights_hash,
+)
 from mdm.commands import to_device
 from mdm.denoiser import Denoiser
 from mdm.errors import ConfigError, check_known
@@ -108,7 +115,7 @@ def open_student(source: str, *, name: str | None, dtype: str, device: str | Non
 def open_teacher(source: str, *, name: str | None, dtype: str, device: str | None) -> Served:
     """An AR model: a folder, a .gguf file, a hub name or "embedded"."""
     check_known("dtype", dtype, DTYPES)
-    if is_denoiser(source):
+    if opens_as_denoiser(source):
         raise ConfigError(f"--teacher {source} is a student; name an autoregressive model")
     network, tokenizer = load_ar(source, dtype=DTYPES[dtype])
     to_device(network, device)

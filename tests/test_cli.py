@@ -79,8 +79,20 @@ def test_convert_writes_a_student_and_says_what_it_is(mdm_command, models, tmp_p
     assert code == 0
     student = load_denoiser(tmp_path / "new" / "student")
     assert student.model.config.num_hidden_layers == 1
-    assert "new/student: 0.0M parameters, 1 layers, width 32, mask <|mask|> (id 259)" in out
+    assert (
+        "new/student: 0.0M parameters, 1 layers, width 32, full canvas, mask <|mask|> (id 259)"
+        in out
+    )
     assert "shift on" in out
+
+
+def test_convert_to_blocks(mdm_command, models, tmp_path):
+    options = ["--kind", "bd3lm", "--block-size", 8, "--attention", "context_causal"]
+    code, out, _ = mdm_command("convert", models / "ar", "--output", "s", *options)
+    assert code == 0
+    assert "width 32, blocks of 8 (context_causal), mask <|mask|>" in out
+    student = load_denoiser(tmp_path / "s")
+    assert (student.block_size, student.attention) == (8, "context_causal")
 
 
 def test_convert_options_reach_the_student(mdm_command, models, tmp_path):
@@ -88,7 +100,7 @@ def test_convert_options_reach_the_student(mdm_command, models, tmp_path):
     options += ["--start-token", "<|end|>", "--end-token", "<|end|>"]
     code, out, _ = mdm_command("convert", models / "ar", "--output", "s", *options)
     assert code == 0
-    assert "width 16, mask <|pad|> (id 258), shift off" in out
+    assert "width 16, full canvas, mask <|pad|> (id 258), shift off" in out
     student = load_denoiser(tmp_path / "s")
     assert (student.vocab.start_id, student.vocab.eos_id, student.mask_id) == (257, 257, 258)
     (step,) = student.lineage
@@ -104,6 +116,8 @@ def test_convert_options_reach_the_student(mdm_command, models, tmp_path):
         (["{models}/ar", "--output", "s", "--width", "2"], 2, r"student.width must be in (0, 1]"),
         (["{models}/ar", "--output", "s", "--mask-token", "a"], 4, "is a word of ordinary text"),
         (["{models}/ar", "--output", "{models}/ar"], 5, "is not an mdm model, so it is kept"),
+        (["{models}/ar", "--output", "s", "--block-size", "4"], 2, "needs student.kind=bd3lm"),
+        (["{models}/ar", "--output", "s", "--trust-remote-code"], 2, "is for published diffusion"),
         (["{models}/ar"], 2, "Missing option '--output'"),
     ],
 )

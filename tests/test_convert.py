@@ -274,3 +274,36 @@ def test_a_student_is_not_converted_again(ar_folder, tmp_path):
     save_denoiser(convert(StudentSettings(init=ar_folder("llama"))), tmp_path / "student")
     with pytest.raises(ConfigError, match="is a student already"):
         convert(StudentSettings(init=str(tmp_path / "student")))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"layers": 1},
+        {"kind": "bd3lm", "layers": 1},
+        {"kind": "bd3lm", "shift": False},
+        {"kind": "bd3lm", "tokenizer": "embedded"},
+    ],
+)
+def test_of_a_student_only_the_blocks_can_be_changed(ar_folder, tmp_path, settings):
+    save_denoiser(convert(StudentSettings(init=ar_folder("llama"))), tmp_path / "student")
+    with pytest.raises(ConfigError, match="only kind, block_size and attention can be changed"):
+        convert(StudentSettings(init=str(tmp_path / "student"), **settings))
+
+
+def test_a_student_gets_blocks_and_loses_them_again(ar_folder, tmp_path):
+    first = convert(StudentSettings(init=ar_folder("llama"), shift=False))
+    save_denoiser(first, tmp_path / "full")
+    blocks = convert(
+        StudentSettings(
+            init=str(tmp_path / "full"), kind="bd3lm", block_size=8, attention="context_causal"
+        )
+    )
+    assert (blocks.block_size, blocks.attention, blocks.shift) == (8, "context_causal", False)
+    assert [step["step"] for step in blocks.lineage] == ["convert", "convert"]
+    assert blocks.lineage[1]["block_size"] == 8
+    save_denoiser(blocks, tmp_path / "blocks")
+    full = convert(StudentSettings(init=str(tmp_path / "blocks"), kind="mdlm"))
+    assert (full.block_size, full.attention) == (None, "full")
+    for name, weight in first.model.state_dict().items():
+        assert full.model.state_dict()[name].equal(weight)

@@ -56,6 +56,6 @@ def test_steps_are_shared_out_in_proportion(counts):
 
 
 def test_every_block_needs_a_step():
-    with pytest.raises(ConfigError, match="steps is 2, but there are 3 blocks .* set steps to 3"):
+    with pytest.raises(ConfigError, match=r"steps is 2, but there are 3 blocks .* set steps to 3"):
         shared_steps([4, 4, 4], 2)
     assert shared_steps([], 4) == []

@@ -33,6 +33,8 @@ ROOMS = (
     "diffusion",
     "denoiser",
     "cache",
+    "loading",
+    "families",
     "published",
     "checkpoint",
     "new_tokens",

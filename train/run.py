@@ -154,15 +154,8 @@ def start(recipe: Recipe, folder: Path) -> Run:
 def initial_student(recipe: Recipe) -> Denoiser:
     """What the recipe starts from: a converted AR model, or a denoiser to train further."""
     settings = recipe.student
-    if is_denoiser(settings.init):
-        if settings != StudentSettings(init=settings.init):
-            raise ConfigError(
-                f"student.init={settings.init} is a student already; the other student settings"
-                " apply to an AR model only: leave them out"
-            )
-        student = load_denoiser(settings.init)
-    else:
-        student = convert(settings)
+    further = is_denoiser(settings.init) and settings == StudentSettings(init=settings.init)
+    student = load_denoiser(settings.init) if further else convert(settings)
     require_context(recipe, student.max_length, "student")
     return student
 

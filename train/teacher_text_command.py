@@ -140,14 +140,14 @@ def _open_teacher(
     import torch
 
     from mdm.autoregressive import Autoregressive
-    from mdm.checkpoint import is_denoiser, load_ar, source_identity
+    from mdm.checkpoint import load_ar, opens_as_denoiser, source_identity
     from mdm.commands import to_device
     from mdm.errors import ConfigError
     from mdm.vocab import read_vocab
 
     from . import processes
 
-    if is_denoiser(source):
+    if opens_as_denoiser(source):
         raise ConfigError(
             f"{source} is a diffusion model; --teacher needs an autoregressive one, which can be"
             " sampled exactly from left to right"
