@@ -5,6 +5,7 @@ and teacher, then losses at the masked ones. Its KL is over the
 whole vocabulary, that of mdm over the teacher's top 64 and one bucket, a lower bound of it; so the
 losses differ. Memory is measured in a fresh process for each side, time in one process in which the two
 sides take turns.
+Block diffusion students (--kind bd3lm) are in train_step_blocks.py, which measures with what is here.
 Shapes: B batch, L length, V vocabulary.
 """
 
@@ -18,8 +19,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -53,6 +55,11 @@ class StepSettings:
     seed: int
 
 
+Settings = TypeVar("Settings", bound=StepSettings)
+# The student, and a step's loss.
+Step = tuple[Denoiser, Callable[[], torch.Tensor]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Setting:
     """Everything one step needs."""
@@ -70,14 +77,17 @@ def compare(settings: StepSettings, path: Path) -> dict[str, Any]:
         f"--length {settings.length} is more than the context of {settings.model},"
         f" {setting.denoiser.max_length} tokens",
     )
-    require(sys.platform == "linux" or torch.cuda.is_available(), "peak memory is read from Linux")
+    require_linux()
     memory = {side: memory_in_fresh_process(side, settings) for side in SIDES}
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
-    losses = {side: run_once(setting, side) for side in SIDES}  # warms up, too
+    steps: dict[str, Step] = {
+        side: (setting.denoiser, partial(loss, setting)) for side, loss in SIDES.items()
+    }
+    losses = {side: run_once(*step) for side, step in steps.items()}  # warms up, too
     for _ in range(settings.repeats):
-        for side in SIDES:
+        for side, step in steps.items():
             began = time.perf_counter()
-            run_once(setting, side)
+            run_once(*step)
             seconds[side].append(time.perf_counter() - began)
     tokens = settings.rows * settings.length
     ratios = [ours / twin for ours, twin in zip(seconds["mdm"], seconds["twin"], strict=True)]
@@ -97,7 +107,7 @@ def compare(settings: StepSettings, path: Path) -> dict[str, Any]:
             **results,
             "memory_ratio": memory["mdm"] / memory["twin"],
             "time_ratio": statistics.median(ratios),
-            "time_ratio_std_err": _std_err(ratios),
+            "time_ratio_std_err": std_err(ratios),
             "n": settings.repeats,
             "masked_tokens": int(setting.batch.masked_BL.sum()),
         },
@@ -138,14 +148,13 @@ def make_setting(settings: StepSettings) -> Setting:
     return Setting(denoiser, teacher, batch.to(device))
 
 
-def run_once(setting: Setting, side: str) -> float:
+def run_once(denoiser: Denoiser, step_loss: Callable[[], torch.Tensor]) -> float:
     """Forward, backward, and the loss; gradients are freed."""
-    device = setting.denoiser.device
-    with torch.autocast(device.type, dtype=torch.bfloat16):
-        loss = SIDES[side](setting)
+    with torch.autocast(denoiser.device.type, dtype=torch.bfloat16):
+        loss = step_loss()
     loss.backward()
     value = float(loss.detach())
-    setting.denoiser.zero_grad(set_to_none=True)
+    denoiser.zero_grad(set_to_none=True)
     return value
 
 
@@ -178,9 +187,14 @@ def twin_loss(setting: Setting) -> torch.Tensor:
 SIDES: dict[str, Callable[[Setting], torch.Tensor]] = {"mdm": mdm_loss, "twin": twin_loss}
 
 
-def memory_in_fresh_process(side: str, settings: StepSettings) -> int:
-    """Peak bytes of one step above what stood before it."""
-    command = [sys.executable, "-m", "mdm.benchmarks.train_step", side]
+def require_linux() -> None:
+    """Raise ConfigError where peak memory cannot be read."""
+    require(sys.platform == "linux" or torch.cuda.is_available(), "peak memory is read from Linux")
+
+
+def memory_in_fresh_process(side: str, settings: StepSettings, module: str = __name__) -> int:
+    """Peak bytes of one step above what stood before it; `module` is run to measure it."""
+    command = [sys.executable, "-m", module, side]
     environment = {
         **os.environ,
         # Freed tensors go back to the system at once, so that resident memory is what is in use.
@@ -199,26 +213,32 @@ def memory_in_fresh_process(side: str, settings: StepSettings) -> int:
     return int(result.stdout.split()[-1])
 
 
-def step_memory(side: str, settings: StepSettings) -> int:
+def open_step(side: str, settings: StepSettings) -> Step:
+    """A step of this side, ready to be taken."""
+    setting = make_setting(settings)
+    return setting.denoiser, partial(SIDES[side], setting)
+
+
+def step_memory(opened: Callable[[Settings], Step], settings: Settings) -> int:
     """Peak bytes of one step above what stood before it, in this process.
 
     What stands before includes weights, gradients and, after a first small step, thread pools and
     kernels: what is measured is what the step itself needs.
     """
-    run_once(make_setting(dataclasses.replace(settings, rows=1, length=32)), side)
-    setting = make_setting(settings)
-    for parameter in setting.denoiser.parameters():
+    run_once(*opened(dataclasses.replace(settings, rows=1, length=32)))
+    step = opened(settings)
+    for parameter in step[0].parameters():
         parameter.grad = torch.empty_like(parameter).fill_(
             0.0
         )  # zeros_like would take no memory yet
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        run_once(setting, side)
+        run_once(*step)
         return torch.cuda.max_memory_allocated() - before
     before = psutil.Process().memory_info().rss
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the peak below
-    run_once(setting, side)
+    run_once(*step)
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     peak = next(line for line in status.splitlines() if line.startswith("VmHWM"))
     return int(peak.split()[1]) * 1024 - before
@@ -246,9 +266,10 @@ def describe(record: dict[str, Any]) -> str:
     return "\n".join([*lines, to_json(record)])
 
 
-def _std_err(values: list[float]) -> float:
+def std_err(values: list[float]) -> float:
+    """Standard error of the mean; NaN for a single value."""
     return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
 
 
 if __name__ == "__main__":
-    print(step_memory(sys.argv[1], StepSettings(**json.loads(sys.argv[2]))))
+    print(step_memory(partial(open_step, sys.argv[1]), StepSettings(**json.loads(sys.argv[2]))))
