@@ -1,0 +1,459 @@
+"""TIDE in small: what do diffusion teachers do for block diffusion students, loss by loss?
+
+mdm makes the teacher itself: the AR model of the recipe becomes a block diffusion model with all its
+layers and is trained for a while. Students with some of the layers then learn from it, in two pipelines
+(TIDE, arXiv 2604.26951), each with controls that learn from the same text without it:
+
+    shared   the tokenizer of the teacher; noise by blocks
+        ce                 control: cross-entropy alone
+        kl                 KL(teacher ‖ student), T = 2
+        tidal              towards a mixture of both, weighed by noise level, as published
+        tidal_comp_demo    the same, the teacher asked in two passes
+        tidal_normalised   tidal with weights of mean 1 and KL weighed as the cross-entropy
+    cross    a tokenizer learnt on the corpus; noise by rows, which chunks need
+        ce_cross           control: masks fall token by token
+        ce_chunks          control: masks as below, distillation at a weight of 1e-9, lost in rounding
+        forward_calm, reverse_calm (as published), bernoulli_kl (what that is said to be)
+        calm_tidal         forward_calm towards a mixture of both, uniform over noise levels as published
+
+All students of a pipeline and seed have the same rows, number of tokens and initial weights (in one with
+tokens of its own: the same again), and are measured on the same held-out masks and holes as the control:
+differences are paired. The measures are those of study.py. The teacher is measured on them too: nothing
+can be learnt from one that is no better than the students.
+
+Every run ends with a record of its own, so an interrupted study goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mdm.checkpoint import load_denoiser, load_vocab, weights_hash
+from mdm.config import require, to_tree
+from mdm.errors import check_known
+from mdm.record import append_record, make_record, to_json
+from mdm.train.corpus import open_source, read_in_turn
+from mdm.train.dataset import DataSettings, PreparedData, prepare
+from mdm.train.documents import Skips
+from mdm.train.held_out import held_out_bound
+from mdm.train.masking import WEIGHTS
+from mdm.train.recipe import Recipe, read_recipe
+from mdm.train.run import Outcome, initial_vocab, new_run
+from mdm.train.state import saved_steps
+from mdm.train.teachers.denoised import CHUNKS
+from mdm.train.tokenizer import train_tokenizer
+from mdm.train.trainer import train
+
+from .study import KIND, finished, measured, results_of
+from .study_report import Units, comparisons
+from .tokenizers import bytes_per_token
+
+TEACHER = "teacher"
+TEACHER_SEED = 1000  # the order of its rows is no student's
+TEACHER_SAVED = 25  # steps between its checkpoints: its training may be longer than a session
+# 0.5 is the default that kd_weight takes the place of.
+_KD = ("objective.kd_lambda=0.5", "objective.kd_weight=1", "objective.kd_reduce=mean_masked",
+       "objective.kd_temperature=2")  # fmt: skip
+_DENOISED = ("target.kind=denoised", *_KD)
+_MIX = ("mix.first=0.1", "mix.last=0.9", "mix.by_noise=true")
+_TIDAL = (*_DENOISED, *_MIX, "mix.weight=midrange")
+_CALM = (f"target.kind={CHUNKS}", "masks.where=chunks", *_KD, "objective.temperature_squared=false")
+_NO_TEACHER = ("objective.kd_lambda=0",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """Arms that can be compared: what all of them have, and what each adds; the first is the control."""
+
+    common: tuple[str, ...]
+    arms: dict[str, tuple[str, ...]]
+    controls: tuple[str, ...]
+
+
+PIPELINES = {
+    "shared": Pipeline(
+        ("objective.noise=block",),
+        {
+            "ce": _NO_TEACHER,
+            "kl": _DENOISED,
+            "tidal": _TIDAL,
+            "tidal_comp_demo": (*_TIDAL, "target.comp_demo=bernoulli"),
+            "tidal_normalised": (
+                *_DENOISED, *_MIX, "mix.weight=midrange_normalised", "objective.kd_reduce=same"
+            ),
+        },
+        ("ce",),
+    ),
+    "cross": Pipeline(
+        ("objective.noise=row",),
+        {
+            "ce_cross": _NO_TEACHER,
+            "ce_chunks": (*_CALM, "objective.kd_weight=1e-9"),
+            "forward_calm": (*_CALM, "objective.chunk_loss=forward_calm"),
+            "reverse_calm": (*_CALM, "objective.chunk_loss=reverse_calm"),
+            "bernoulli_kl": (*_CALM, "objective.chunk_loss=bernoulli_kl"),
+            "calm_tidal": (*_CALM, "objective.chunk_loss=forward_calm", *_MIX),
+        },
+        ("ce_cross", "ce_chunks"),
+    ),
+}  # fmt: skip
+PIPELINE_OF = {arm: name for name, pipeline in PIPELINES.items() for arm in pipeline.arms}
+# Of the teacher's training as well; what --set may change.
+BASE = ("train.eval_rows=64", "train.eval_draws=2", "train.max_minutes=0")
+
+
+@dataclasses.dataclass(frozen=True)
+class TideBench:
+    """What is measured; see `mdm bench tide --help`.
+
+    arms           empty = all; with the first control of their pipeline, and `ce`, which the teacher is
+                   compared with
+    layers         of the students; null = all, as the teacher
+    block          tokens a block, of teacher and students
+    holes          held-out holes that each student fills
+    tokens         of the tokenizer of the pipeline `cross`, learnt on the first `documents` documents
+    weight         objective.weight of the students: bound (1/t, as TIDE) or mean_masked
+    recipe         of the teacher's training and, but for its objective, of the students'
+    assignments    settings of it that are changed, for both; the arms' own go last
+    """
+
+    arms: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (0, 1, 2)
+    steps: int = 40
+    teacher_steps: int = 100
+    layers: int | None = 6
+    block: int = 8
+    length: int = 128
+    rows: int = 4
+    holes: int = 64
+    tokens: int = 2**13
+    documents: int = 400
+    weight: str = "bound"
+    recipe: str = "demo"
+    assignments: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for arm in self.arms:
+            check_known("arm", arm, PIPELINE_OF)
+        check_known("weight", self.weight, WEIGHTS)
+        require(bool(self.seeds), "seeds must name at least one seed")
+        require(len({*self.seeds}) == len(self.seeds), f"seeds must differ; got {self.seeds}")
+        for name, least in (
+            ("steps", 1), ("teacher_steps", 1), ("rows", 1), ("block", 1), ("documents", 1), ("holes", 2)
+        ):  # fmt: skip
+            value = getattr(self, name)
+            require(value >= least, f"{name} must be >= {least}; got {value}")
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """The arms, with the control of every pipeline they are of, and `ce` for the teacher."""
+        wanted = self.arms or tuple(PIPELINE_OF)
+        controls = {"ce", *(PIPELINES[PIPELINE_OF[arm]].controls[0] for arm in wanted)}
+        return tuple(arm for arm in PIPELINE_OF if arm in wanted or arm in controls)
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A finished teacher: the folder of its training, and its numbers for the record."""
+
+    folder: Path
+    numbers: dict[str, Any]
+
+
+def run(
+    settings: TideBench, runs: Path, path: Path, say: Callable[[str], None], *, keep: bool = False
+) -> dict[str, Any]:
+    """Do the runs that are missing in `runs`, append the record to `path`, return it.
+
+    Folders have names that tell settings apart, so what was made with others stays and is not taken.
+    Weights and rows of a measured student are deleted, unless `keep`; teacher and tokenizer are kept.
+    """
+    # All recipes first: a wrong setting should not come to light after an hour.
+    recipes = {
+        (arm, seed): recipe_of(settings, arm, seed)
+        for seed in settings.seeds
+        for arm in (TEACHER, *settings.chosen)
+    }
+    teacher = trained_teacher(settings, runs, say)
+    pipelines = {PIPELINE_OF[arm] for arm in settings.chosen}
+    if "cross" in pipelines:
+        made_tokenizer(settings, runs, say)
+    done = {}
+    for number, ((arm, seed), recipe) in enumerate(recipes.items(), start=1):
+        made = made_from(recipe, settings, teacher)
+        recipe = placed(recipe, runs, teacher, name=f"{recipe.name}-{short_hash(made)}")
+        found = finished(runs / recipe.name, made)
+        if found is None:
+            say(f"{number}/{len(recipes)} {recipe.name} …")
+            measure = measured_teacher if arm == TEACHER else measured_student
+            found = measure(settings, recipe, runs, teacher)
+            close(runs / recipe.name, found, made, keep=keep)
+        done[arm, seed] = found
+    control = {name: placed(recipes[PIPELINES[name].controls[0], settings.seeds[0]], runs, teacher)
+               for name in PIPELINES if name in pipelines}  # fmt: skip
+    results = {
+        "teacher": teacher.numbers,
+        "pipelines": {
+            name: pipeline_results(name, done, bytes_a_token(recipe, runs))
+            for name, recipe in control.items()
+        },
+    }
+    record = make_record(
+        "bench tide",
+        results,
+        settings={**dataclasses.asdict(settings), "recipes": assignments_of(settings)},
+        seed=None,
+        checkpoint=teacher.numbers["weights"],
+    )
+    append_record(path, record)
+    return record
+
+
+def short_hash(value: Any) -> str:
+    """Of plain values; for names of folders."""
+    return hashlib.sha256(to_json(value).encode()).hexdigest()[:8]
+
+
+# --- recipes -----------------------------------------------------------------------------------------
+
+
+def everywhere(settings: TideBench) -> tuple[str, ...]:
+    """What teacher and students have alike."""
+    return (
+        *BASE,
+        "student.kind=bd3lm",
+        f"student.block_size={settings.block}",
+        f"data.length={settings.length}",
+        f"train.batch_rows={settings.rows}",
+        f"train.micro_rows={settings.rows}",
+        *settings.assignments,
+    )
+
+
+def of_student(settings: TideBench, arm: str) -> tuple[str, ...]:
+    """What a student's recipe changes beyond that."""
+    pipeline = PIPELINES[PIPELINE_OF[arm]]
+    return (
+        f"train.steps={settings.steps}",
+        "train.checkpoint_every=0",
+        f"student.layers={'null' if settings.layers is None else settings.layers}",
+        f"objective.weight={settings.weight}",
+        *pipeline.common,
+        *pipeline.arms[arm],
+    )
+
+
+def of_teacher(settings: TideBench) -> tuple[str, ...]:
+    """What the teacher's recipe changes: its training outlives a session that is cut off."""
+    return (
+        f"train.steps={settings.teacher_steps}",
+        f"train.seed={TEACHER_SEED}",
+        f"train.checkpoint_every={TEACHER_SAVED}",
+        "train.keep_checkpoints=1",
+    )
+
+
+def recipe_of(settings: TideBench, arm: str, seed: int) -> Recipe:
+    """The recipe of one run, with names in the places of teacher and tokenizer.
+
+    Of the arm `teacher`, which is not trained again: how it is measured.
+    """
+    own = (f"name={arm}-seed{seed}", f"train.seed={seed}")
+    changed = _NO_TEACHER if arm == TEACHER else of_student(settings, arm)
+    recipe = read_recipe(settings.recipe, (*everywhere(settings), *own, *changed))
+    recipe = dataclasses.replace(recipe, teacher=dataclasses.replace(recipe.teacher, model=TEACHER))
+    if PIPELINE_OF.get(arm) != "cross":
+        return recipe
+    student = dataclasses.replace(recipe.student, tokenizer=tokenizer_name(settings, recipe.data))
+    return dataclasses.replace(recipe, student=student)
+
+
+def placed(recipe: Recipe, runs: Path, teacher: Teacher, *, name: str = "") -> Recipe:
+    """The recipe with teacher and tokenizer where they are, under another name if one is given."""
+    student = recipe.student
+    if student.tokenizer is not None:
+        student = dataclasses.replace(student, tokenizer=str(runs / student.tokenizer))
+    return dataclasses.replace(
+        recipe,
+        name=name or recipe.name,
+        student=student,
+        teacher=dataclasses.replace(recipe.teacher, model=str(teacher.folder / "final")),
+    )
+
+
+def assignments_of(settings: TideBench) -> dict[str, list[str]]:
+    """What the record says of the recipes: settings that all change, the teacher's and each arm's own."""
+    return {
+        "all": [*everywhere(settings)],
+        TEACHER: [*of_teacher(settings)],
+        **{arm: [*of_student(settings, arm)] for arm in settings.chosen},
+    }
+
+
+def made_from(recipe: Recipe, settings: TideBench, teacher: Teacher) -> dict[str, Any]:
+    """Everything a run's numbers depend on, as JSON gives it back; no places."""
+    tree = {
+        "recipe": to_tree(recipe),
+        "holes": settings.holes,
+        TEACHER: teacher.numbers["weights"],
+    }
+    return dict(json.loads(to_json(tree)))
+
+
+# --- what the students learn from --------------------------------------------------------------------
+
+
+def trained_teacher(settings: TideBench, runs: Path, say: Callable[[str], None]) -> Teacher:
+    """Make the teacher in `runs`, go on with it, or find it finished."""
+    recipe = read_recipe(settings.recipe, (*everywhere(settings), *of_teacher(settings)))
+    recipe = dataclasses.replace(recipe, name=f"{TEACHER}-{short_hash(to_tree(recipe))}")
+    folder = runs / recipe.name
+    record = finished_training(folder)
+    if record is None:
+        if not saved_steps(folder / "checkpoints") or (folder / "final").exists():
+            new_run(recipe, runs, overwrite=True)
+            shutil.copytree(prepared(recipe, runs).directory, folder / "data", dirs_exist_ok=True)
+        say(f"{recipe.name}: {settings.teacher_steps} steps …")
+        train(recipe, folder)
+        record = finished_training(folder)
+        assert record is not None, "a finished training has a record"
+    clean(folder, "data", "checkpoints")
+    results = record["results"]
+    numbers = {
+        "weights": record["checkpoint"],
+        "bound": {"mean": results["after"]["nelbo"], "std_err": results["after"]["nelbo_std_err"]},
+        "bound_before": results["before"]["nelbo"],
+        "steps": results["steps"],
+    }
+    return Teacher(folder, numbers)
+
+
+def finished_training(folder: Path) -> dict[str, Any] | None:
+    """The record of a training; None if it is not finished."""
+    path = folder / "record.jsonl"
+    if not path.is_file():
+        return None
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except json.JSONDecodeError:  # it was stopped while it wrote: again, then
+        return None
+
+
+def tokenizer_name(settings: TideBench, data: DataSettings) -> str:
+    """The folder of the students' own tokenizer, which tells apart what it was made from."""
+    texts = (data.sources, data.extensions, data.max_file_kib)
+    return f"tokenizer-{short_hash([texts, settings.tokens, settings.documents])}"
+
+
+def made_tokenizer(settings: TideBench, runs: Path, say: Callable[[str], None]) -> None:
+    """Learn that tokenizer, unless it is there."""
+    data = recipe_of(settings, "ce_cross", 0).data
+    folder = runs / tokenizer_name(settings, data)
+    if folder.is_dir():  # written whole or not at all
+        return
+    sources = [open_source(name, data.extensions, data.max_file_kib) for name in data.sources]
+    documents = itertools.islice(read_in_turn(sources, Skips()), settings.documents)
+    count = train_tokenizer((document.text for document in documents), settings.tokens, folder)
+    say(f"tokenizer of the students: {count} tokens")
+
+
+def prepared(recipe: Recipe, runs: Path) -> PreparedData:
+    """The rows of a placed recipe, made once for all that have the same, and read by the teacher if it
+    has another tokenizer."""
+    reader = load_vocab(recipe.teacher.model) if recipe.target.kind == CHUNKS else None
+    name = "shared" if recipe.student.tokenizer is None else "cross" if reader is None else "chunks"
+    return prepare(recipe.data, initial_vocab(recipe), runs / "data" / name, reader)
+
+
+# --- runs --------------------------------------------------------------------------------------------
+
+
+def measured_student(
+    settings: TideBench, recipe: Recipe, runs: Path, teacher: Teacher
+) -> dict[str, Any]:
+    """Train a student; its measures."""
+    data = prepared(recipe, runs)
+    folder = new_run(recipe, runs, overwrite=True)
+    shutil.copytree(data.directory, folder / "data", dirs_exist_ok=True)
+    outcome = train(recipe, folder)
+    return measured(recipe, outcome, data.held_out, settings.holes)
+
+
+def measured_teacher(
+    settings: TideBench, recipe: Recipe, runs: Path, teacher: Teacher
+) -> dict[str, Any]:
+    """The same measures of the teacher, on the held-out masks and holes of this recipe's seed."""
+    rows, wanted = prepared(recipe, runs).held_out, recipe.train
+    new_run(recipe, runs, overwrite=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=wanted.precision == "bf16"):
+        after = held_out_bound(
+            load_denoiser(teacher.folder / "final"),
+            rows,
+            num_rows=wanted.eval_rows,
+            draws=wanted.eval_draws,
+            batch_rows=wanted.micro_rows,
+            seed=wanted.seed,
+        )
+    # Its training may have been of several sessions, whose times nobody added up.
+    steps = teacher.numbers["steps"]
+    outcome = Outcome(teacher.folder, after, after, steps, tokens=0, seconds=0.0)
+    return measured(recipe, outcome, rows, settings.holes)
+
+
+def close(folder: Path, results: dict[str, Any], made: dict[str, Any], *, keep: bool) -> None:
+    """Record the measures of a run, and clean up unless `keep`."""
+    final = folder / "final"
+    record = make_record(
+        KIND,
+        results,
+        settings=made,
+        seed=made["recipe"]["train"]["seed"],
+        checkpoint=weights_hash(final) if final.exists() else made[TEACHER],
+    )
+    append_record(folder / "record.jsonl", record)
+    if not keep:
+        clean(folder, "data", "final", "checkpoints")
+
+
+def clean(folder: Path, *parts: str) -> None:
+    """Delete these folders of a run."""
+    for part in parts:
+        shutil.rmtree(folder / part, ignore_errors=True)
+
+
+# --- results -----------------------------------------------------------------------------------------
+
+
+def bytes_a_token(recipe: Recipe, runs: Path) -> float:
+    """Of the held-out rows, so that bounds of two tokenizers can be compared."""
+    return bytes_per_token(prepared(recipe, runs), initial_vocab(recipe))
+
+
+def pipeline_results(
+    name: str, done: dict[tuple[str, int], dict[str, Any]], bytes_each: float
+) -> dict[str, Any]:
+    """Each run of a pipeline by itself, then the paired differences to its controls."""
+    pipeline = PIPELINES[name]
+    arms = {*pipeline.arms, *([TEACHER] if name == "shared" else [])}
+    own = {key: result for key, result in done.items() if key[0] in arms}
+    units = {
+        key: {measure: Units(**unit) for measure, unit in result["units"].items()}
+        for key, result in own.items()
+    }
+    first = pipeline.controls[0]
+    return {
+        "bytes_per_token": bytes_each,
+        "runs": results_of(own)["runs"],
+        "differences": [
+            line for line in comparisons(units, pipeline.controls) if line["arm"] != first
+        ],
+    }
