@@ -1,28 +1,27 @@
 """`--dry-run`: sizes from configs alone."""
 
+import json
 import re
+from dataclasses import replace
 
 import pytest
 import tiny
 import yaml
 from click.testing import CliRunner
 from test_memory import peak_allocation
+from tiny_published import A2D, DREAM, SDAR, WEDLM, write_own_code
 from tiny_run import ar_folder, corpus_folder, recipe, tiny_denoiser, write_recipe
 
 from mdm.checkpoint import save_denoiser
 from mdm.config import to_tree
 from mdm.convert import decoder_layers, student_config
-from mdm.errors import ConfigError
+from mdm.errors import CheckpointError, ConfigError, VocabError
 from mdm.train.command import train
-from mdm.train.estimate import (
-    BYTES,
-    config_of_student,
-    describe,
-    size_of,
-    student_bytes,
-    teacher_bytes,
-)
+from mdm.train.estimate import describe
+from mdm.train.memory import BYTES, student_bytes, teacher_bytes
+from mdm.train.outlines import config_of_student, outline, student_outline, teacher_outline
 from mdm.train.run import new_run, start
+from mdm.train.sizes import mixture_size, size_of
 from mdm.train.trainer import train_step
 
 
@@ -55,17 +54,18 @@ def test_what_is_described(ar, tmp_path):
     listed = yaml.safe_load("\n".join(lines[: lines.index("")]))
     assert listed == to_tree(settings)
     text = "\n".join(lines)
-    assert "2 layers, width 16" in text
+    assert ", 2 layers, width 16" in text
     assert f"{7 * 4 * 24:,} in 7 steps of 4 rows of 24" in text
     assert "fp32" in next(line for line in lines if line.startswith("teacher  "))
-    assert sum(line.endswith("GiB") for line in lines) == 7
+    assert sum(line.endswith("GiB") for line in lines) == 8
     without = describe(recipe(ar, tmp_path, objective={"kd_lambda": 0.0}))
-    assert "teacher     none (objective.kd_lambda is 0)" in without
+    assert "teacher     none (objective.kd_lambda or kd_weight is 0)" in without
 
 
 def test_a_denoiser_is_described_too(tmp_path):
     save_denoiser(tiny_denoiser(ar_folder(tmp_path / "ar")), tmp_path / "student")
-    assert "2 layers" in describe(recipe(tmp_path / "student", tmp_path))
+    alone = recipe(tmp_path / "student", tmp_path, objective={"kd_lambda": 0.0})
+    assert "2 layers" in describe(alone)
 
 
 @pytest.fixture
@@ -74,10 +74,10 @@ def config():
     return student_config(shape, layers=None, width=1.0)
 
 
-def memory_of_student(config, processes=1, **settings):
-    changed = recipe("x", "y", train=settings)
-    size = size_of(config, changed.train.lora_rank)
-    return student_bytes(changed, config, size, processes)
+def memory_of_student(config, processes=1, objective=None, block_size=None, **settings):
+    changed = recipe("x", "y", train=settings, objective=objective or {})
+    student = replace(outline(config, changed.train.lora_rank), block_size=block_size)
+    return student_bytes(changed, student, processes)
 
 
 def test_memory_follows_the_settings(config):
@@ -117,7 +117,7 @@ def test_what_is_sharded_is_divided(config):
 
 def memory_of_teacher(config, processes=1, train=None, **settings):
     changed = recipe("x", "y", teacher={"dtype": "bf16", **settings}, train=train or {})
-    return teacher_bytes(changed, config, size_of(config), processes)["teacher"]
+    return teacher_bytes(changed, outline(config), processes)["teacher"]
 
 
 def test_memory_of_the_teacher(config):
@@ -141,7 +141,7 @@ def test_what_is_said_of_the_teacher(ar, tmp_path):
     assert re.search(r"teacher .* parameters, int8, fp32\n", said(teacher={"quantization": "int8"}))
     offloaded = said(teacher={"offload": True})
     assert "parameters, fp32, offloaded\n" in offloaded
-    assert offloaded.endswith("GiB of CPU memory at the start and all the time")
+    assert "GiB of CPU memory at the start and all the time\n" in offloaded
     cached = said(target={"cache": "answers"})
     assert "teacher     not loaded: its answers are read from answers" in cached
     assert "teacher's forward" not in cached
@@ -172,13 +172,34 @@ def test_a_tokenizer_of_its_own_changes_the_students_rows(ar, tmp_path):
 
 
 WIDE = {"hidden": 256, "layers": 4, "tie_word_embeddings": False}
-MANY = {"steps": 2, "batch_rows": 4, "micro_rows": 4}
+MANY = {"steps": 2, "batch_rows": 4, "micro_rows": 4}  # a step, and one with moments
+BLOCKS = {"kind": "bd3lm", "block_size": 8}
+
+
+def peak_of_steps(tmp_path, ar, *, length=128, train=None, **sections):
+    """(settings, bytes that two steps allocate beyond the weights that were there)."""
+    settings = recipe(
+        ar,
+        corpus_folder(tmp_path / "corpus", files=30),
+        data={"length": length, "eos_padding": "none"},
+        train={**MANY, **(train or {})},
+        **sections,
+    )
+    run = start(settings, new_run(settings, tmp_path / "runs"))
+    run.denoiser.train()
+
+    def steps():
+        for step in range(2):
+            train_step(run, step)
+
+    return settings, peak_allocation(steps)
 
 
 @pytest.mark.parametrize(
     "changes",
     [
         {},
+        {"weight_decay": 0.0},
         {"precision": "bf16"},
         {"gradient_checkpointing": True},
         {"ema_decay": 0.9},
@@ -188,24 +209,270 @@ MANY = {"steps": 2, "batch_rows": 4, "micro_rows": 4}
     ids=str,
 )
 def test_a_step_takes_what_was_estimated(tmp_path, changes):
-    """What two steps allocate, counted by torch's profiler, beyond the weights that were there."""
+    """As torch's profiler counts it."""
+    student = BLOCKS if len(changes) != 1 else {}
     ar = ar_folder(tmp_path / "ar", **WIDE)
-    data = {"length": 128}
-    settings = recipe(ar, corpus_folder(tmp_path / "corpus"), data=data, train=MANY | changes)
-    run = start(settings, new_run(settings, tmp_path / "runs"))
-    run.denoiser.train()
-
-    def steps():
-        for step in range(2):
-            train_step(run, step)
-
-    peak = peak_allocation(steps)
-    config = config_of_student(settings)
-    size = size_of(config, settings.train.lora_rank)
-    memory = student_bytes(settings, config, size, 1)
-    memory["moments, average"] -= 4 * size.parameters if settings.train.ema_decay else 0
+    settings, peak = peak_of_steps(tmp_path, ar, train=changes, student=student)
+    outline = student_outline(settings)
+    memory = student_bytes(settings, outline, 1)
+    if settings.train.ema_decay:
+        memory["moments, average"] -= 4 * outline.size.parameters
     estimated = sum(memory.values()) - memory["weights"]
     assert 0.9 * peak <= estimated <= 1.5 * peak, (estimated / peak, memory)
+
+
+@pytest.mark.parametrize(
+    ("precision", "complementary"), [("fp32", False), ("bf16", False), ("fp32", True)]
+)
+def test_masks_of_two_streams_count(tmp_path, precision, complementary):
+    """A narrow model with long rows: most of it is who sees whom."""
+    ar = ar_folder(tmp_path / "ar", layers=2, hidden=16)
+    settings, peak = peak_of_steps(
+        tmp_path,
+        ar,
+        length=400,
+        train={"precision": precision},
+        student=BLOCKS,
+        objective={"kd_lambda": 0.0, "complementary": complementary},
+    )
+    memory = student_bytes(settings, student_outline(settings), 1)
+    assert memory["attention mask"] > 0.25 * sum(memory.values())
+    assert 0.8 * peak <= sum(memory.values()) <= 1.5 * peak, (peak, memory)
+
+
+@pytest.mark.parametrize("comp_demo", ["", "exact"])
+def test_logits_of_a_diffusion_teacher_count(tmp_path, comp_demo):
+    """Many tokens and little else; all of the logits are within one chunk, half of them are masked."""
+    ar = ar_folder(
+        tmp_path / "ar", layers=1, hidden=32, extra_special=tuple(f"<{i}>" for i in range(2500))
+    )
+    save_denoiser(tiny_denoiser(ar, **BLOCKS), tmp_path / "teacher")
+    settings, peak = peak_of_steps(
+        tmp_path,
+        ar,
+        length=128,
+        student=BLOCKS,
+        teacher={"model": str(tmp_path / "teacher")},
+        target={"kind": "denoised", "comp_demo": comp_demo},
+        mix={"first": 0.1, "last": 0.9, "by_noise": True},
+        objective={"masking": "exact", "noise": "block"},
+    )
+    memory = student_bytes(settings, student_outline(settings), 1)
+    memory |= teacher_bytes(settings, teacher_outline(settings), 1)
+    logits = memory.pop("logits") + memory.pop("teacher's logits")
+    estimated = logits * (1 + 1 / 8) / 2 + sum(memory.values())
+    assert logits > 5 * sum(memory.values())
+    assert 0.9 * peak <= estimated <= 1.4 * peak, (peak, memory)
+
+
+# --- block diffusion students and diffusion teachers ---------------------------------------------
+
+
+def test_two_streams_double_what_a_row_takes(config):
+    one, two = memory_of_student(config), memory_of_student(config, block_size=8)
+    assert two["activations"] == 2 * one["activations"]
+    assert two["attention mask"] == 4 * one["attention mask"] == 4 * 4 * 8 * 24**2
+    assert two["logits"] == one["logits"]  # clean tokens have none
+    again = memory_of_student(config, objective={"complementary": True}, block_size=8)
+    assert again["activations"] == 3 * one["activations"]
+    assert again["attention mask"] == 9 * one["attention mask"]
+    assert again["logits"] == 2 * one["logits"]
+    full = memory_of_student(config, objective={"complementary": True})
+    assert full["activations"] == 2 * one["activations"]
+    assert full["attention mask"] == 2 * one["attention mask"]
+    mixed = memory_of_student(config, block_size=8, precision="bf16")
+    assert mixed["attention mask"] == (4 + 2 * 8) * 8 * 48**2  # a copy for each of 8 layers
+    once = memory_of_student(config, block_size=8, precision="bf16", gradient_checkpointing=True)
+    assert once["attention mask"] == (4 + 2) * 8 * 48**2
+    following = memory_of_student(config, objective={"ar_weight": 1.0}, block_size=8)
+    assert following["logits"] == 2 * one["logits"]
+
+
+def test_memory_of_a_diffusion_teacher(config):
+    def memory(block_size=8, kind="denoised", dtype="bf16", **target):
+        where = {"where": "chunks"} if kind == "chunks" else {}
+        settings = recipe(
+            "x",
+            "y",
+            teacher={"dtype": dtype},
+            target={"kind": kind, **target},
+            masks=where,
+        )
+        return teacher_bytes(settings, replace(outline(config), block_size=block_size), 1)
+
+    blocks, full = memory(), memory(None)
+    assert blocks["teacher's forward"] == 2 * full["teacher's forward"]
+    assert blocks["teacher's mask"] == 4 * full["teacher's mask"] == 5 * 8 * 48**2
+    assert blocks["teacher's answers"] == 2 * 32 * 8 * 24
+    assert memory(comp_demo="exact")["teacher's answers"] == 2 * blocks["teacher's answers"]
+    assert memory(comp_demo="exact")["teacher's forward"] == blocks["teacher's forward"]
+    assert memory(dtype="fp32")["teacher"] == 2 * blocks["teacher"]
+    assert "teacher's branches" not in blocks
+    chunks = memory(kind="chunks")
+    assert "teacher's answers" not in chunks
+    assert 0 < chunks["teacher's logits"] < blocks["teacher's logits"]
+
+
+def config_only(folder, **config):
+    """A folder with a config.json and nothing else."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return str(folder)
+
+
+def test_configs_alone_are_enough_for_published_models(tmp_path, ar):
+    student = config_only(tmp_path / "student", **A2D)
+    teacher = config_only(tmp_path / "teacher", **WEDLM)
+    sections = {
+        "teacher": {"model": teacher},
+        "target": {"kind": "denoised", "comp_demo": "bernoulli"},
+        "data": {"eos_padding": "document", "eos_block": 8},
+    }
+    said = describe(recipe(student, tmp_path, student=BLOCKS, **sections))
+    assert re.search(r"student     0\.0M parameters, blocks of 8 tokens, attention block, 2", said)
+    assert "blocks of 32 tokens, attention reordered, fp32" in said
+    assert f"not checked: whether it has the student's tokens (no tokenizer in {teacher})" in said
+    assert "asked twice a step" in said
+    said = describe(recipe(student, tmp_path, teacher={"model": student}, target=DENOISED))
+    assert "blocks" not in said[said.index("\n\n") :]  # A2D is taken as a full canvas
+    # The recipe's own student is an AR model, whose tokenizer is there; the teacher's is not.
+    assert "not checked" in describe(recipe(ar, tmp_path, student=BLOCKS, **sections))
+
+
+DENOISED = {"kind": "denoised"}
+
+
+def denoisers(tmp_path, **settings):
+    ar = ar_folder(tmp_path / "ar")
+    save_denoiser(tiny_denoiser(ar, **settings), tmp_path / "teacher")
+    (tmp_path / "teacher" / "model.safetensors").unlink()
+    return ar, {"model": str(tmp_path / "teacher")}
+
+
+def test_tokens_are_compared_where_there_are_tokenizers(tmp_path):
+    ar, teacher = denoisers(tmp_path, **BLOCKS)
+    said = describe(recipe(ar, tmp_path, teacher=teacher, target=DENOISED))
+    assert "not checked" not in said
+    words = tmp_path / "words"
+    tiny.word_tokenizer(500).save_pretrained(words)
+    others = recipe(
+        ar, tmp_path, student={"tokenizer": str(words)}, teacher=teacher, target=DENOISED
+    )
+    with pytest.raises(VocabError, match=r"set target\.kind=chunks"):
+        describe(others)
+
+
+def test_a_teacher_with_other_tokens_reads_them_itself(tmp_path):
+    ar, teacher = denoisers(tmp_path, **BLOCKS)
+    chunks = {"teacher": teacher, "target": {"kind": "chunks"}, "masks": {"where": "chunks"}}
+    said = describe(recipe(ar, tmp_path, **chunks))
+    assert "reads the rows in its own tokens" in said
+    assert "not checked" not in said
+
+
+def test_what_the_run_would_refuse_is_refused(tmp_path):
+    ar, teacher = denoisers(tmp_path)
+
+    def refused(error, message, init=ar, **sections):
+        with pytest.raises(error, match=message):
+            describe(recipe(init, tmp_path, **sections))
+
+    refused(ConfigError, "is for block diffusion students", objective={"noise": "block"})
+    unshifted = {**BLOCKS, "attention": "context_causal", "shift": False}
+    following = {"ar_weight": 1.0}
+    refused(ConfigError, r"student\.shift=true", student=unshifted, objective=following)
+    refused(ConfigError, "context_causal", student=BLOCKS, objective=following)
+    odd = {"eos_padding": "document", "eos_block": 12}
+    refused(ConfigError, r"data\.eos_block=12", student=BLOCKS, data=odd)
+    refused(ConfigError, "a student already", teacher["model"], student={"layers": 1})
+    refused(ConfigError, "is none", student={"trust_remote_code": True})
+    refused(CheckpointError, "no mdm.json", target=DENOISED)
+    refused(CheckpointError, "no model folder", teacher={"model": "./no"}, target=DENOISED)
+    refused(CheckpointError, "is a diffusion model, but target.kind=left", teacher=teacher)
+    refused(ConfigError, "names weights", teacher={"model": "weights:12"})
+    long = {"length": 2000}
+    refused(ConfigError, "the student was built", data=long)
+    config = tmp_path / "teacher" / "config.json"
+    config.write_text(config.read_text().replace("1024", "20"))
+    refused(ConfigError, "the teacher was built", teacher=teacher, target=DENOISED)
+    student = config_only(tmp_path / "student", **A2D)
+    refused(ConfigError, "taken as it is", student, student={"layers": 1})
+    sdar = config_only(tmp_path / "sdar", **SDAR)
+    refused(ConfigError, "how many tokens its blocks have", sdar)
+    assert student_outline(recipe(sdar, tmp_path, student=BLOCKS)).block_size == 8
+
+
+def test_the_shift_is_that_of_the_run(tmp_path, ar):
+    student = config_only(tmp_path / "student", **A2D)
+    dream = config_only(tmp_path / "dream", **DREAM)
+    for init, shift, found in (
+        *((ar, True, True), (ar, False, False), (student, True, False)),
+        *((dream, True, True), (dream, False, False)),
+    ):
+        assert student_outline(recipe(init, tmp_path, student={"shift": shift})).shift is found
+
+
+def test_code_that_comes_with_a_model_is_not_run(tmp_path, monkeypatch):
+    ar = ar_folder(tmp_path / "ar")
+    folder = write_own_code(tmp_path / "own", tmp_path / "was-run")
+    sections = {"target": {"kind": "chunks"}, "masks": {"where": "chunks"}}
+
+    def said(trusted):
+        teacher = {"model": str(folder), "trust_remote_code": trusted}
+        return describe(recipe(ar, tmp_path, teacher=teacher, **sections))
+
+    with pytest.raises(CheckpointError, match="comes with its own code"):
+        said(False)
+    unknown = said(True)
+    assert "size unknown: its code is not run" in unknown
+    assert "memory      not known, as the size of the teacher is not" in unknown
+    assert "computing   not known" in unknown
+    monkeypatch.setenv("MDM_TRUST_REMOTE_CODE", "1")
+    assert said(False) == unknown.replace("trust_remote_code: true", "trust_remote_code: false")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | EXPERTS))
+    known = said(True)
+    size = mixture_size(EXPERTS)
+    assert f"about {size.parameters / 1e6:.1f}M parameters by its config.json" in known
+    assert "GiB a process" in known
+    assert not (tmp_path / "was-run").exists()
+
+
+LLADA2 = {
+    **{"hidden_size": 2048, "num_hidden_layers": 20, "num_attention_heads": 16, "head_dim": 128},
+    **{"num_key_value_heads": 4, "vocab_size": 157_184, "intermediate_size": 5120},
+    **{"moe_intermediate_size": 512, "num_experts": 256, "num_experts_per_tok": 8},
+    **{"num_shared_experts": 1, "first_k_dense_replace": 1},
+}
+EXPERTS = {
+    **{"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 99},
+    **{"intermediate_size": 80, "moe_intermediate_size": 24, "num_experts": 6},
+    **{"num_experts_per_tok": 2, "num_key_value_heads": 2, "head_dim": 16},
+    **{"num_shared_experts": 1, "first_k_dense_replace": 1},
+}
+
+
+def test_a_mixture_is_reckoned():
+    """Against the same numbers, matrix by matrix; and against what is known of LLaDA2.0-mini."""
+    attention = [(32, 4 * 16), (32, 2 * 16), (32, 2 * 16), (4 * 16, 32)]
+    feed = [(32, 24), (32, 24), (24, 32)]
+    dense = [*attention, (32, 80), (32, 80), (80, 32)]
+    mixture = [*attention, (32, 6), *feed * 7]
+    passed = [*attention, (32, 6), *feed * 3]
+
+    def total(shapes):
+        return sum(a * b for a, b in shapes)
+
+    size = mixture_size(EXPERTS)
+    assert size.layers == size.linear == total(dense + 3 * mixture)
+    assert size.used == total(dense + 3 * passed)
+    assert size.ends == 2 * 99 * 32
+    assert size.layer == total(mixture)
+    assert mixture_size(EXPERTS | {"tie_word_embeddings": True}).ends == 99 * 32
+    assert mixture_size(EXPERTS | {"num_experts": None}) is None
+    llada2 = mixture_size(LLADA2)
+    assert llada2.parameters / 1e9 == pytest.approx(16.3, rel=0.01)
+    assert (llada2.used + llada2.ends) / 1e9 == pytest.approx(1.4, rel=0.05)  # "1.4B activated"
 
 
 def test_dry_run_writes_nothing(ar, tmp_path):
@@ -216,6 +483,9 @@ def test_dry_run_writes_nothing(ar, tmp_path):
     assert result.exit_code == 0, result.output
     assert "steps: 9" in result.output
     assert "memory      about" in result.output
+    assert "at 100 TFLOP/s" in result.output
+    result = CliRunner().invoke(train, [*arguments, "--tflops", "7"])
+    assert "at 7 TFLOP/s" in result.output
     assert not runs.exists()
 
 

@@ -1,6 +1,7 @@
 """Recipes: shipped ones, files, overrides, and what is refused."""
 
 import dataclasses
+import json
 
 import pytest
 import yaml
@@ -9,6 +10,7 @@ from click.testing import CliRunner
 from mdm.config import build, to_tree
 from mdm.errors import ConfigError
 from mdm.train.command import train
+from mdm.train.estimate import describe
 from mdm.train.recipe import DEFAULT_RECIPE, Recipe, TrainSettings, read_recipe, shipped_recipes
 
 
@@ -22,6 +24,95 @@ def test_every_shipped_recipe_loads_and_survives_a_round_trip(name):
     assert recipe.name == name
     text = yaml.safe_dump(to_tree(recipe), sort_keys=False)  # as new_run writes it
     assert build(Recipe, yaml.safe_load(text)) == recipe
+
+
+# --- TIDE ----------------------------------------------------------------------------------------
+
+FULL_SIZE = {"tide-shared": "tide-shared-small", "tide-cross": "tide-cross-small"}
+QWEN3 = {
+    **{"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "head_dim": 128},
+    **{"num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 151_936},
+    **{"tie_word_embeddings": True, "max_position_embeddings": 40_960, "attention_bias": False},
+    **{"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1e6},
+}
+PUBLISHED = {
+    "Qwen3-0.6B": {**QWEN3, "model_type": "qwen3"},
+    "Qwen3-0.6B-bd3lm": {**QWEN3, "model_type": "a2d-qwen3"},
+    "WeDLM-8B": {
+        **QWEN3,
+        **{"model_type": "wedlm", "qk_norm": True, "tie_word_embeddings": False},
+        **{"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36},
+        **{"num_attention_heads": 32, "max_position_embeddings": 16384},
+        "auto_map": {"AutoModelForCausalLM": "modeling_wedlm.WeDLMForCausalLM"},
+    },
+    "LLaDA2.0-mini": {
+        **{"model_type": "llada2_moe", "hidden_size": 2048, "intermediate_size": 5120},
+        **{"num_hidden_layers": 20, "num_attention_heads": 16, "num_key_value_heads": 4},
+        **{"head_dim": 128, "vocab_size": 157_184, "max_position_embeddings": 32768},
+        **{"num_experts": 256, "num_experts_per_tok": 8, "num_shared_experts": 1},
+        **{"moe_intermediate_size": 512, "first_k_dense_replace": 1},
+        "auto_map": {"AutoModelForCausalLM": "modeling_llada2_moe.LLaDA2MoeModelLM"},
+    },
+}
+
+
+@pytest.mark.parametrize("student", ["Qwen3-0.6B", "Qwen3-0.6B-bd3lm"])
+@pytest.mark.parametrize(
+    ("name", "teacher", "size", "blocks"),
+    [
+        ("tide-shared", "WeDLM-8B", "8190.7M parameters", "reordered"),
+        ("tide-cross", "LLaDA2.0-mini", "about 16255.5M parameters", "block"),
+    ],
+)
+def test_full_size_recipes_run_dry_on_configs_alone(
+    tmp_path, monkeypatch, student, name, teacher, size, blocks
+):
+    """No weights, no tokenizers, no data, no network."""
+    monkeypatch.chdir(tmp_path)
+    for folder in (student, teacher):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text(json.dumps(PUBLISHED[folder]))
+    changes = [f"student.init=./{student}", f"teacher.model=./{teacher}"]
+    said = describe(read_recipe(name, changes), 8, 150.0)
+    assert "student     596.0M parameters, blocks of 32 tokens" in said
+    assert f"teacher     {size}" in said
+    assert f"blocks of 32 tokens, attention {blocks}, bf16" in said
+    assert "GiB a process, of 8" in said
+    assert "TFLOP/s a process, of 8" in said
+
+
+def test_the_published_settings_of_tide():
+    shared, cross = map(read_recipe, FULL_SIZE)
+    for recipe, rows in ((shared, 80), (cross, 64)):
+        settings, objective = recipe.train, recipe.objective
+        assert (recipe.student.kind, recipe.student.blocks, recipe.data.length) == (
+            "bd3lm", 32, 512
+        )  # fmt: skip
+        assert (settings.learning_rate, settings.lr_schedule, settings.clip) == (5e-5, "cosine", 1)
+        assert settings.warmup_steps == settings.steps // 10
+        assert (settings.batch_rows, settings.betas) == (rows, (0.9, 0.999))
+        assert settings.batch_rows == 8 * settings.micro_rows  # eight devices
+        assert (objective.kd_weight, objective.kd_reduce) == (1, "mean_masked")
+        assert (objective.weight, objective.masking, objective.noise) == ("bound", "rate", "row")
+    assert (shared.mix.first, shared.mix.last, shared.mix.weight) == (0.1, 0.9, "midrange")
+    assert (shared.mix.by_noise, shared.mix.by_training) == (True, True)
+    assert (shared.target.comp_demo, shared.target.comp_demo_share) == ("bernoulli", 0.5)
+    assert (shared.objective.kd_temperature, shared.objective.temperature_squared) == (2, True)
+    assert (cross.objective.kd_temperature, cross.objective.temperature_squared) == (5, False)
+    assert cross.objective.chunk_loss == "reverse_calm"
+    assert (cross.mix.active, cross.target.comp_demo) == (False, "")
+
+
+def test_small_twins_ask_the_same():
+    teacher = read_recipe("tide-teacher")
+    for large, small in FULL_SIZE.items():
+        full, twin = read_recipe(large), read_recipe(small)
+        assert twin.target.kind == full.target.kind
+        assert twin.target.comp_demo == full.target.comp_demo
+        assert twin.mix.active == full.mix.active
+        assert twin.teacher.model == f"runs/{teacher.name}/final"
+        assert twin.student.blocks == teacher.student.blocks
+        assert twin.data == teacher.data
 
 
 def test_list():

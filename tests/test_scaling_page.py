@@ -7,17 +7,13 @@ from pathlib import Path
 
 import click
 import pytest
+from test_recipe import PUBLISHED
 from torch.distributed.run import get_args_parser
 
 from mdm.cli import mdm
-from mdm.train.estimate import (
-    GIB,
-    config_of_student,
-    describe,
-    size_of,
-    student_bytes,
-    teacher_bytes,
-)
+from mdm.train.estimate import GIB, describe
+from mdm.train.memory import student_bytes, teacher_bytes
+from mdm.train.outlines import config_of_student, outline
 from mdm.train.recipe import read_recipe
 
 PAGE = (Path(__file__).parent.parent / "docs" / "scaling.md").read_text(encoding="utf-8")
@@ -91,7 +87,7 @@ def test_every_command_is_found():
     found = commands()
     assert len(found) >= 12
     assert {words[0] for words in found} == {"mdm", "torchrun"}
-    assert sum("--dry-run" in words for words in found) == 4
+    assert sum("--dry-run" in words for words in found) == 7
     for words in found:
         if words[0] == "torchrun":
             assert words[words.index("-m") + 1] == "mdm.cli"
@@ -128,20 +124,19 @@ def cells() -> dict[tuple[str, str], dict[str, str]]:
 def test_the_table_is_what_is_estimated(place):
     """A cell is the sum of parts that a dry run prints; bold is what does not fit."""
     write_configs(place)
-    table, configs, sizes = cells(), {}, {}
+    table, outlines = cells(), {}
     assert len(table) == 9
     for name, billions in BILLIONS.items():
-        configs[name] = config_of_student(read_recipe("big.yaml", [f"student.init=Qwen/{name}"]))
-        sizes |= {(name, rank): size_of(configs[name], rank) for rank in (0, 16)}
-        assert sizes[name, 0].parameters / 1e9 == pytest.approx(billions, rel=0.01)
+        config = config_of_student(read_recipe("big.yaml", [f"student.init=Qwen/{name}"]))
+        outlines |= {(name, rank): outline(config, rank) for rank in (0, 16)}
+        assert outlines[name, 0].size.parameters / 1e9 == pytest.approx(billions, rel=0.01)
     for (student, teacher), row in table.items():
         assert list(row) == list(COLUMNS)
         for column, (processes, changes) in COLUMNS.items():
             recipe = read_recipe("big.yaml", changes)
-            size = sizes[student, recipe.train.lora_rank]
-            parts = student_bytes(recipe, configs[student], size, processes)
+            parts = student_bytes(recipe, outlines[student, recipe.train.lora_rank], processes)
             if not recipe.target.cache:
-                parts |= teacher_bytes(recipe, configs[teacher], sizes[teacher, 0], processes)
+                parts |= teacher_bytes(recipe, outlines[teacher, 0], processes)
             total = sum(parts.values()) / GIB
             assert float(row[column].strip("*")) == pytest.approx(total, abs=0.56)
             assert row[column].startswith("**") == (total > 72), (student, teacher, column)
@@ -153,3 +148,25 @@ def test_a_cell_is_what_a_dry_run_says(place):
     said = describe(read_recipe("big.yaml", [FULL]), 8)
     (found,) = re.findall(r"memory +about ([\d.]+) GiB a process, of 8", said)
     assert float(cell) == pytest.approx(float(found), abs=0.56)
+
+
+@pytest.mark.parametrize(
+    ("name", "teacher"), [("tide-shared", "WeDLM-8B"), ("tide-cross", "LLaDA2.0-mini")]
+)
+def test_what_is_said_of_the_recipes_of_tide(place, name, teacher):
+    (row,) = [line for line in PAGE.splitlines() if line.startswith(f"| `{name}` ({teacher}")]
+    memory, step, share = re.findall(r"\| ([\d.e]+)", row)
+    folders = {"student.init": "Qwen3-0.6B-bd3lm", "teacher.model": teacher}
+    for folder in folders.values():
+        (place / folder).mkdir()
+        (place / folder / "config.json").write_text(json.dumps(PUBLISHED[folder]))
+    recipe = read_recipe(name, [f"{key}=./{folder}" for key, folder in folders.items()])
+    assert f"({teacher}, {recipe.train.batch_rows} rows of {recipe.data.length})" in row
+    said = describe(recipe, 8)
+    (found,) = re.findall(r"memory +about ([\d.]+) GiB a process, of 8", said)
+    assert float(memory) == pytest.approx(float(found), abs=0.56)
+    (total,) = re.findall(r"computing +([\d.e+]+) FLOPs a step", said)
+    assert float(step) == pytest.approx(float(total), rel=0.03)
+    parts = [float(part) for part in re.findall(r"teacher's \w+ +([\d.e+]+) FLOPs", said)]
+    assert len(parts) == 3
+    assert float(share) == pytest.approx(100 * sum(parts) / float(total), abs=0.6)

@@ -26,13 +26,20 @@ import click
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing run of this name.")
 @click.option(
-    "--dry-run", is_flag=True, help="Print what would be done: parameters, tokens, memory."
+    "--dry-run",
+    is_flag=True,
+    help="Print what would be done: parameters, tokens, memory, computing.",
 )
 @click.option(
     "--processes",
     "world_size",
     type=click.IntRange(min=1),
     help="With --dry-run: processes to share the work.  [default: those of torchrun, or 1]",
+)
+@click.option(
+    "--tflops",
+    type=click.FloatRange(min=0, min_open=True),
+    help="With --dry-run: what a process computes in a second, in 10^12 FLOPs; gives hours.",
 )
 @click.option("--list", "list_recipes", is_flag=True, help="List the recipes that come with mdm.")
 @click.option(
@@ -47,6 +54,7 @@ def train(
     overwrite: bool,
     dry_run: bool,
     world_size: int | None,
+    tflops: float | None,
     list_recipes: bool,
     show_settings: bool,
 ) -> None:
@@ -58,7 +66,7 @@ def train(
     \b
     mdm train                                           the demo recipe
     mdm train --recipe suffix --set train.steps=50 --name try
-    mdm train --recipe mine.yaml --dry-run --processes 8
+    mdm train --recipe mine.yaml --dry-run --processes 8 --tflops 150
     mdm train --resume runs/try
     """
     from mdm.errors import ConfigError
@@ -82,6 +90,8 @@ def train(
             "--processes goes with --dry-run; to train with several, start them by"
             f" `torchrun --nproc-per-node {world_size} -m mdm.cli train …`"
         )
+    if tflops is not None and not dry_run:
+        raise ConfigError("--tflops goes with --dry-run: how fast training is, it says itself")
     if dry_run:
         from .estimate import describe
 
@@ -90,10 +100,10 @@ def train(
         if resume is not None:
             from .run import read_run
 
-            click.echo(describe(read_run(resume), world_size))
+            click.echo(describe(read_run(resume), world_size, tflops))
         else:
             settings = named(read_recipe(recipe or DEFAULT_RECIPE, assignments), name)
-            click.echo(describe(settings, world_size))
+            click.echo(describe(settings, world_size, tflops))
         return
     from .run import new_run, read_run
     from .trainer import train as run_training

@@ -1,0 +1,264 @@
+"""The models of a recipe, as far as their configs tell: how large, in what blocks, for how many tokens.
+
+Nothing but JSON is read, and code that comes with a model is not run: of such a model the size is reckoned
+from the numbers in its config.json, or not known. Whatever the run would refuse in the settings of a
+model is refused here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from mdm.attention import FULL
+from mdm.checkpoint import (
+    is_denoiser,
+    load_config,
+    load_vocab,
+    opens_as_denoiser,
+    published_at,
+    read_settings,
+)
+from mdm.config import require
+from mdm.convert import AS_IT_IS, StudentSettings, student_config
+from mdm.denoiser import max_length
+from mdm.errors import CheckpointError, ConfigError
+from mdm.published import (
+    TRUST_VARIABLE,
+    Published,
+    config_of,
+    has_own_code,
+    layout_of,
+    load_own_code,
+    read_json,
+)
+
+from .recipe import Recipe
+from .sizes import Size, mixture_size, size_of
+from .target_cache import BY_WEIGHTS
+from .teachers.denoised import SEES_MASKS
+
+
+@dataclasses.dataclass(frozen=True)
+class Outline:
+    """A model before it is loaded.
+
+    size        None = not known
+    layers      decoder layers
+    width       of the residual stream
+    inner       width of the feed-forward layers that a token passes through
+    heads       query heads times their width
+    keys        key heads times their width
+    rows        of the head
+    max_length  longest row the model was built for, in tokens
+    reckoned    its code was not run; the size is arithmetic
+    block_size, attention, shift  as in Denoiser; what an AR model has not is None, "" and False
+    """
+
+    size: Size | None
+    layers: int
+    width: int
+    inner: int
+    heads: int
+    keys: int
+    rows: int
+    max_length: int
+    reckoned: bool = False
+    block_size: int | None = None
+    attention: str = ""
+    shift: bool = False
+
+    def told(self) -> str:
+        """Parameters, and blocks if there are any."""
+        if self.size is None:
+            found = "size unknown: its code is not run in a dry run"
+        else:
+            found = f"{self.size.parameters / 1e6:.1f}M parameters"
+        if self.reckoned and self.size is not None:
+            found = f"about {found} by its config.json (its code is not run in a dry run)"
+        if self.block_size is not None:
+            found += f", blocks of {self.block_size} tokens, attention {self.attention}"
+        return found
+
+    def streams(self, recipe: Recipe) -> int:
+        """How often the tokens of a row are read at once: its noisy copies, and for blocks clean, too."""
+        return copies(recipe) + (self.block_size is not None)
+
+    def pairs(self, recipe: Recipe) -> int:
+        """Queries times keys of a row; copies see one another's clean tokens only in one sequence."""
+        length = recipe.data.length
+        if self.block_size is None:
+            return copies(recipe) * length**2
+        return (self.streams(recipe) * length) ** 2
+
+
+def copies(recipe: Recipe) -> int:
+    """Noisy copies of a row."""
+    return 2 if recipe.objective.complementary else 1
+
+
+# --- student and teacher -------------------------------------------------------------------------
+
+
+def student_outline(recipe: Recipe) -> Outline:
+    """The student that training begins with. Raises ConfigError or CheckpointError as the run would."""
+    settings, rank = recipe.student, recipe.train.lora_rank
+    if is_denoiser(settings.init):
+        if settings != StudentSettings(init=settings.init):
+            raise ConfigError(
+                f"student.init={settings.init} is a student already; the other student settings"
+                " apply to an AR model only: leave them out"
+            )
+        return denoiser_outline(settings.init, rank=rank)
+    if found := published_at(settings.init):
+        require_as_it_is(found, settings)
+        return published_outline(found, settings, trusted=settings.trust_remote_code, rank=rank)
+    require(
+        not settings.trust_remote_code,
+        f"student.trust_remote_code is for published diffusion models; {settings.init} is none",
+    )
+    return dataclasses.replace(
+        outline(config_of_student(recipe), rank),
+        block_size=settings.blocks,
+        attention=settings.attention or (FULL if settings.blocks is None else "block"),
+        shift=settings.shift,
+    )
+
+
+def teacher_outline(recipe: Recipe) -> Outline:
+    """The teacher that would be loaded. Raises ConfigError or CheckpointError as the run would."""
+    settings = recipe.teacher
+    if settings.model.startswith(BY_WEIGHTS):
+        raise ConfigError(
+            f"teacher.model={settings.model} names weights that are not at hand, which goes with"
+            " target.cache only; name a model"
+        )
+    if recipe.target.kind in SEES_MASKS:
+        return denoiser_outline(settings.model, trusted=settings.trust_remote_code)
+    if opens_as_denoiser(settings.model):
+        raise CheckpointError(
+            f"teacher.model={settings.model} is a diffusion model, but target.kind={recipe.target.kind}"
+            f" asks an autoregressive one; set target.kind to one of {', '.join(SEES_MASKS)}"
+        )
+    return outline(load_config(settings.model))
+
+
+def config_of_student(recipe: Recipe) -> Any:
+    """The config of a student made from an AR model, with its rows for another tokenizer."""
+    settings = recipe.student
+    config = student_config(
+        load_config(settings.init), layers=settings.layers, width=settings.width
+    )
+    if settings.tokenizer is not None:
+        config.vocab_size = len(load_vocab(settings.tokenizer)) + 1
+    return config
+
+
+def require_as_it_is(found: Published, settings: StudentSettings) -> None:
+    """Raise ConfigError for settings that only the making of a student from an AR model has."""
+    for name, value in AS_IT_IS.items():
+        asked = getattr(settings, name)
+        require(
+            asked == value,
+            f"student.{name}={asked} is for students made from an AR model; {found.source} is a published"
+            f" diffusion model ({found.family.name}), which is taken as it is",
+        )
+
+
+# --- from configs --------------------------------------------------------------------------------
+
+
+def denoiser_outline(source: str, *, trusted: bool = False, rank: int = 0) -> Outline:
+    """A denoiser of ours, or a published one as it was published. Raises as `load_denoiser` would."""
+    if found := published_at(source):
+        return published_outline(found, StudentSettings(init=source), trusted=trusted, rank=rank)
+    settings = read_settings(source)
+    if has_own_code(source):
+        require_trust(source, trusted)
+        known = reckoned(read_json(source, "config.json") or {})
+    else:
+        known = outline(load_config(source), rank)
+    block_size = settings.get("block_size")
+    return dataclasses.replace(
+        known,
+        block_size=block_size,
+        attention=settings.get("attention") or (FULL if block_size is None else "block"),
+        shift=settings["shift"],
+    )
+
+
+def published_outline(
+    found: Published, settings: StudentSettings, *, trusted: bool, rank: int
+) -> Outline:
+    """A published model, with what the settings change in it."""
+    block_size, seen = layout_of(
+        found,
+        kind=settings.kind,
+        block_size=settings.block_size,
+        attention=settings.attention,
+    )
+    config = config_of(found)
+    if config is None:
+        require_trust(found.source, trusted)
+    return dataclasses.replace(
+        reckoned(found.config) if config is None else outline(config, rank),
+        block_size=block_size,
+        attention=seen,
+        shift=found.family.shift and settings.shift,
+    )
+
+
+def outline(config: Any, rank: int = 0) -> Outline:
+    """A model of `transformers`: built, but without memory for its weights."""
+    return _numbers(config.get_text_config(), size_of(config, rank), max_length(config))
+
+
+def reckoned(config: Mapping[str, Any]) -> Outline:
+    """A model with code of its own, from the fields of its config.json."""
+    fields = SimpleNamespace(**config)
+    longest = int(config.get("max_position_embeddings") or 2**30)
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+        setattr(fields, name, config.get(name) or 0)
+    known = _numbers(fields, mixture_size(config), longest)
+    return dataclasses.replace(known, reckoned=True)
+
+
+def _numbers(config: Any, size: Size | None, longest: int) -> Outline:
+    width, heads = config.hidden_size, config.num_attention_heads
+    keys = getattr(config, "num_key_value_heads", None) or heads
+    head = getattr(config, "head_dim", None) or width // max(1, heads)
+    inner = getattr(config, "intermediate_size", None) or 4 * width
+    if expert := getattr(config, "moe_intermediate_size", None):
+        chosen = getattr(config, "num_experts_per_tok", None) or 1
+        inner = expert * (chosen + (getattr(config, "num_shared_experts", None) or 0))
+    return Outline(
+        size,
+        layers=config.num_hidden_layers,
+        width=width,
+        inner=inner,
+        heads=heads * head,
+        keys=keys * head,
+        rows=config.vocab_size,
+        max_length=longest,
+    )
+
+
+def require_trust(source: str, trusted: bool) -> None:
+    """Raise CheckpointError if code that comes with a model may not be run; it is not run here."""
+    if not trusted and os.environ.get(TRUST_VARIABLE) != "1":
+        # It refuses before it touches a file.
+        load_own_code(Path(source), source, dtype=torch.float32, trust_remote_code=False)
+
+
+def has_tokenizer(source: str) -> bool:
+    """Can the tokenizer be read without fetching weights?"""
+    place = Path(source).expanduser()
+    if place.is_dir():
+        return any((place / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+    return published_at(source) is None  # of a published one everything would be fetched
