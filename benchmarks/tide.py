@@ -1,8 +1,9 @@
 """TIDE in small: what do diffusion teachers do for block diffusion students, loss by loss?
 
 mdm makes the teacher itself: the AR model of the recipe becomes a block diffusion model with all its
-layers and is trained for a while. Students with some of the layers then learn from it, in two pipelines
-(TIDE, arXiv 2604.26951), each with controls that learn from the same text without it:
+layers and is trained for a while. So is, on cross-entropy, a student with some of the layers, from which
+all students of a pipeline begin (as TIDE's begin from a trained one). They then learn from the teacher, in
+two pipelines (TIDE, arXiv 2604.26951), each with controls that learn from the same text without it:
 
     shared   the tokenizer of the teacher; noise by blocks
         ce                 control: cross-entropy alone
@@ -39,6 +40,7 @@ import torch
 
 from mdm.checkpoint import load_denoiser, load_vocab, weights_hash
 from mdm.config import require, to_tree
+from mdm.convert import StudentSettings
 from mdm.errors import check_known
 from mdm.record import append_record, make_record, to_json
 from mdm.train.corpus import open_source, read_in_turn
@@ -58,7 +60,8 @@ from .study_report import Units, comparisons
 from .tokenizers import bytes_per_token
 
 TEACHER = "teacher"
-TEACHER_SEED = 1000  # the order of its rows is no student's
+FIRST = "first"  # what the students of a pipeline begin from
+TEACHER_SEED, FIRST_SEED = 1000, 2000  # the order of their rows is no student's
 TEACHER_SAVED = 25  # steps between its checkpoints: its training may be longer than a session
 # 0.5 is the default that kd_weight takes the place of.
 _KD = ("objective.kd_lambda=0.5", "objective.kd_weight=1", "objective.kd_reduce=mean_masked",
@@ -117,6 +120,8 @@ class TideBench:
 
     arms           empty = all; with the first control of their pipeline, and `ce`, which the teacher is
                    compared with
+    first_steps    training of the student that all students of a pipeline begin from; 0 = the AR model
+                   with some of its layers
     layers         of the students; null = all, as the teacher
     block          tokens a block, of teacher and students
     holes          held-out holes that each student fills
@@ -130,6 +135,7 @@ class TideBench:
     seeds: tuple[int, ...] = (0, 1, 2)
     steps: int = 40
     teacher_steps: int = 100
+    first_steps: int = 100
     layers: int | None = 6
     block: int = 8
     length: int = 128
@@ -148,7 +154,7 @@ class TideBench:
         require(bool(self.seeds), "seeds must name at least one seed")
         require(len({*self.seeds}) == len(self.seeds), f"seeds must differ; got {self.seeds}")
         for name, least in (
-            ("steps", 1), ("teacher_steps", 1), ("rows", 1), ("block", 1), ("documents", 1), ("holes", 2)
+            ("steps", 1), ("teacher_steps", 1), ("first_steps", 0), ("rows", 1), ("block", 1), ("documents", 1), ("holes", 2)
         ):  # fmt: skip
             value = getattr(self, name)
             require(value >= least, f"{name} must be >= {least}; got {value}")
@@ -162,8 +168,8 @@ class TideBench:
 
 
 @dataclasses.dataclass(frozen=True)
-class Teacher:
-    """A finished teacher: the folder of its training, and its numbers for the record."""
+class Trained:
+    """A finished training: its folder, and its numbers for the record."""
 
     folder: Path
     numbers: dict[str, Any]
@@ -183,14 +189,17 @@ def run(
         for seed in settings.seeds
         for arm in (TEACHER, *settings.chosen)
     }
-    teacher = trained_teacher(settings, runs, say)
-    pipelines = {PIPELINE_OF[arm] for arm in settings.chosen}
+    pipelines = [name for name in PIPELINES if name in {PIPELINE_OF[arm] for arm in settings.chosen}]
     if "cross" in pipelines:
         made_tokenizer(settings, runs, say)
+    teacher = trained(teacher_recipe(settings), runs, say)
+    firsts = {name: trained(first_recipe(settings, name), runs, say)
+              for name in pipelines if settings.first_steps}  # fmt: skip
     done = {}
     for number, ((arm, seed), recipe) in enumerate(recipes.items(), start=1):
-        made = made_from(recipe, settings, teacher)
-        recipe = placed(recipe, runs, teacher, name=f"{recipe.name}-{short_hash(made)}")
+        first = firsts.get(PIPELINE_OF.get(arm, ""))
+        made = made_from(recipe, settings, teacher, first)
+        recipe = placed(recipe, runs, teacher, first, name=f"{recipe.name}-{short_hash(made)}")
         found = finished(runs / recipe.name, made)
         if found is None:
             say(f"{number}/{len(recipes)} {recipe.name} …")
@@ -198,10 +207,11 @@ def run(
             found = measure(settings, recipe, runs, teacher)
             close(runs / recipe.name, found, made, keep=keep)
         done[arm, seed] = found
-    control = {name: placed(recipes[PIPELINES[name].controls[0], settings.seeds[0]], runs, teacher)
-               for name in PIPELINES if name in pipelines}  # fmt: skip
+    control = {name: placed(recipes[PIPELINES[name].controls[0], settings.seeds[0]], runs, teacher,
+                            firsts.get(name)) for name in pipelines}  # fmt: skip
     results = {
         "teacher": teacher.numbers,
+        "first": {name: first.numbers for name, first in firsts.items()},
         "pipelines": {
             name: pipeline_results(name, done, bytes_a_token(recipe, runs))
             for name, recipe in control.items()
@@ -245,11 +255,47 @@ def of_student(settings: TideBench, arm: str) -> tuple[str, ...]:
     return (
         f"train.steps={settings.steps}",
         "train.checkpoint_every=0",
-        f"student.layers={'null' if settings.layers is None else settings.layers}",
-        f"objective.weight={settings.weight}",
-        *pipeline.common,
+        *_of_pipeline(settings, PIPELINE_OF[arm]),
         *pipeline.arms[arm],
     )
+
+
+def _of_pipeline(settings: TideBench, pipeline: str) -> tuple[str, ...]:
+    return (
+        f"student.layers={'null' if settings.layers is None else settings.layers}",
+        f"objective.weight={settings.weight}",
+        *PIPELINES[pipeline].common,
+    )
+
+
+def teacher_recipe(settings: TideBench) -> Recipe:
+    """The recipe of the teacher's training."""
+    return read_recipe(
+        settings.recipe, (*everywhere(settings), *of_teacher(settings), f"name={TEACHER}")
+    )
+
+
+def first_recipe(settings: TideBench, pipeline: str) -> Recipe:
+    """The recipe of the student that those of a pipeline begin from."""
+    own = (f"name={FIRST}-{pipeline}", f"train.seed={FIRST_SEED}")
+    recipe = read_recipe(
+        settings.recipe,
+        (
+            *everywhere(settings),
+            *_of_pipeline(settings, pipeline),
+            *own,
+            *_NO_TEACHER,
+            f"train.steps={settings.first_steps}",
+            f"train.checkpoint_every={TEACHER_SAVED}",
+        ),
+    )
+    return recipe if pipeline == "shared" else with_own_tokens(recipe, settings)
+
+
+def with_own_tokens(recipe: Recipe, settings: TideBench) -> Recipe:
+    """The recipe with the name of the students' own tokenizer."""
+    name = tokenizer_name(settings, recipe.data)
+    return dataclasses.replace(recipe, student=dataclasses.replace(recipe.student, tokenizer=name))
 
 
 def of_teacher(settings: TideBench) -> tuple[str, ...]:
@@ -271,15 +317,19 @@ def recipe_of(settings: TideBench, arm: str, seed: int) -> Recipe:
     changed = _NO_TEACHER if arm == TEACHER else of_student(settings, arm)
     recipe = read_recipe(settings.recipe, (*everywhere(settings), *own, *changed))
     recipe = dataclasses.replace(recipe, teacher=dataclasses.replace(recipe.teacher, model=TEACHER))
-    if PIPELINE_OF.get(arm) != "cross":
-        return recipe
-    student = dataclasses.replace(recipe.student, tokenizer=tokenizer_name(settings, recipe.data))
-    return dataclasses.replace(recipe, student=student)
+    if arm != TEACHER and settings.first_steps:
+        return dataclasses.replace(recipe, student=StudentSettings(init=FIRST))
+    return with_own_tokens(recipe, settings) if PIPELINE_OF.get(arm) == "cross" else recipe
 
 
-def placed(recipe: Recipe, runs: Path, teacher: Teacher, *, name: str = "") -> Recipe:
-    """The recipe with teacher and tokenizer where they are, under another name if one is given."""
+def placed(
+    recipe: Recipe, runs: Path, teacher: Trained, first: Trained | None, *, name: str = ""
+) -> Recipe:
+    """The recipe with teacher, first student and tokenizer where they are, under another name if one is
+    given."""
     student = recipe.student
+    if first is not None:
+        student = StudentSettings(init=str(first.folder / "final"))
     if student.tokenizer is not None:
         student = dataclasses.replace(student, tokenizer=str(runs / student.tokenizer))
     return dataclasses.replace(
@@ -299,12 +349,15 @@ def assignments_of(settings: TideBench) -> dict[str, list[str]]:
     }
 
 
-def made_from(recipe: Recipe, settings: TideBench, teacher: Teacher) -> dict[str, Any]:
+def made_from(
+    recipe: Recipe, settings: TideBench, teacher: Trained, first: Trained | None
+) -> dict[str, Any]:
     """Everything a run's numbers depend on, as JSON gives it back; no places."""
     tree = {
         "recipe": to_tree(recipe),
         "holes": settings.holes,
         TEACHER: teacher.numbers["weights"],
+        FIRST: first and first.numbers["weights"],
     }
     return dict(json.loads(to_json(tree)))
 
@@ -312,17 +365,21 @@ def made_from(recipe: Recipe, settings: TideBench, teacher: Teacher) -> dict[str
 # --- what the students learn from --------------------------------------------------------------------
 
 
-def trained_teacher(settings: TideBench, runs: Path, say: Callable[[str], None]) -> Teacher:
-    """Make the teacher in `runs`, go on with it, or find it finished."""
-    recipe = read_recipe(settings.recipe, (*everywhere(settings), *of_teacher(settings)))
-    recipe = dataclasses.replace(recipe, name=f"{TEACHER}-{short_hash(to_tree(recipe))}")
+def trained(recipe: Recipe, runs: Path, say: Callable[[str], None]) -> Trained:
+    """Train by this recipe in `runs`, go on with it, or find it finished."""
+    recipe = dataclasses.replace(recipe, name=f"{recipe.name}-{short_hash(to_tree(recipe))}")
+    if recipe.student.tokenizer is not None:
+        own = str(runs / recipe.student.tokenizer)
+        recipe = dataclasses.replace(
+            recipe, student=dataclasses.replace(recipe.student, tokenizer=own)
+        )
     folder = runs / recipe.name
     record = finished_training(folder)
     if record is None:
         if not saved_steps(folder / "checkpoints") or (folder / "final").exists():
             new_run(recipe, runs, overwrite=True)
             shutil.copytree(prepared(recipe, runs).directory, folder / "data", dirs_exist_ok=True)
-        say(f"{recipe.name}: {settings.teacher_steps} steps …")
+        say(f"{recipe.name}: {recipe.train.steps} steps …")
         train(recipe, folder)
         record = finished_training(folder)
         assert record is not None, "a finished training has a record"
@@ -334,7 +391,7 @@ def trained_teacher(settings: TideBench, runs: Path, say: Callable[[str], None])
         "bound_before": results["before"]["nelbo"],
         "steps": results["steps"],
     }
-    return Teacher(folder, numbers)
+    return Trained(folder, numbers)
 
 
 def finished_training(folder: Path) -> dict[str, Any] | None:
@@ -370,15 +427,16 @@ def prepared(recipe: Recipe, runs: Path) -> PreparedData:
     """The rows of a placed recipe, made once for all that have the same, and read by the teacher if it
     has another tokenizer."""
     reader = load_vocab(recipe.teacher.model) if recipe.target.kind == CHUNKS else None
-    name = "shared" if recipe.student.tokenizer is None else "cross" if reader is None else "chunks"
-    return prepare(recipe.data, initial_vocab(recipe), runs / "data" / name, reader)
+    vocab = initial_vocab(recipe)
+    name = f"{'rows' if reader is None else 'chunks'}-{vocab.fingerprint[:8]}"
+    return prepare(recipe.data, vocab, runs / "data" / name, reader)
 
 
 # --- runs --------------------------------------------------------------------------------------------
 
 
 def measured_student(
-    settings: TideBench, recipe: Recipe, runs: Path, teacher: Teacher
+    settings: TideBench, recipe: Recipe, runs: Path, teacher: Trained
 ) -> dict[str, Any]:
     """Train a student; its measures."""
     data = prepared(recipe, runs)
@@ -389,7 +447,7 @@ def measured_student(
 
 
 def measured_teacher(
-    settings: TideBench, recipe: Recipe, runs: Path, teacher: Teacher
+    settings: TideBench, recipe: Recipe, runs: Path, teacher: Trained
 ) -> dict[str, Any]:
     """The same measures of the teacher, on the held-out masks and holes of this recipe's seed."""
     rows, wanted = prepared(recipe, runs).held_out, recipe.train

@@ -26,6 +26,8 @@ def _numbers(context: click.Context, option: click.Parameter, value: str) -> tup
               help="Of masks, rows and holes.")  # fmt: skip
 @click.option("--steps", default=40, show_default=True, help="Of each student.")
 @click.option("--teacher-steps", default=100, show_default=True, help="Of the teacher.")
+@click.option("--first-steps", default=100, show_default=True,
+              help="Of the student that all begin from; 0 = cut layers.")  # fmt: skip
 @click.option("--layers", default=6, show_default=True, help="Of the students; 0 = all.")
 @click.option("--block", default=8, show_default=True, help="Tokens a block, of all models.")
 @click.option("--length", default=128, show_default=True, help="Tokens in a row.")

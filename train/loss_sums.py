@@ -183,7 +183,9 @@ def _apart(
     ) -> torch.Tensor:
         assert isinstance(targets, HeadTargets)
         theirs_nV = targets.logits(rows_nW)
-        ours_nV = logits_nV[:, : theirs_nV.shape[1]]
+        # Over the same tokens: the teacher's mask may be a word of the student's.
+        never_nV = theirs_nV == float("-inf")
+        ours_nV = logits_nV[:, : theirs_nV.shape[1]].masked_fill(never_nV, float("-inf"))
         temperature = settings.kd_temperature
         return compared(
             (theirs_nV / temperature).log_softmax(-1),
