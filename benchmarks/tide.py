@@ -154,7 +154,8 @@ class TideBench:
         require(bool(self.seeds), "seeds must name at least one seed")
         require(len({*self.seeds}) == len(self.seeds), f"seeds must differ; got {self.seeds}")
         for name, least in (
-            ("steps", 1), ("teacher_steps", 1), ("first_steps", 0), ("rows", 1), ("block", 1), ("documents", 1), ("holes", 2)
+            ("steps", 1), ("teacher_steps", 1), ("first_steps", 0), ("rows", 1), ("block", 1),
+            ("documents", 1), ("holes", 2),
         ):  # fmt: skip
             value = getattr(self, name)
             require(value >= least, f"{name} must be >= {least}; got {value}")

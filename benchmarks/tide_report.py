@@ -33,7 +33,7 @@ def page(record: dict[str, Any]) -> str:
         title(settings),
         teacher(results["teacher"]),
         *(
-            "\n\n".join(pipeline(name, found))
+            "\n\n".join([*pipeline(name, found), *first(results["first"].get(name))])
             for name, found in results["pipelines"].items()
         ),
     ])  # fmt: skip
@@ -61,6 +61,18 @@ def teacher(found: dict[str, Any]) -> str:
         f" {found['bound_before']:.3f} before, {bound['mean']:.3f} ± {bound['std_err']:.3f} after, on"
         " masks of its own. As `teacher` below it is measured on the students'."
     )
+
+
+def first(found: dict[str, Any] | None) -> list[str]:
+    """What the students began from; nothing if it was not trained."""
+    if found is None:
+        return []
+    bound = found["bound"]
+    return [
+        f"All students began from one that was trained for {found['steps']} steps on cross-entropy alone:"
+        f" bound {found['bound_before']:.3f} before, {bound['mean']:.3f} ± {bound['std_err']:.3f} after,"
+        " on masks of its own."
+    ]
 
 
 def pipeline(name: str, found: dict[str, Any]) -> list[str]:

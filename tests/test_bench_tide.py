@@ -15,6 +15,7 @@ from mdm.benchmarks import tide as bench
 from mdm.benchmarks import tide_report as report
 from mdm.benchmarks.command import bench as commands
 from mdm.checkpoint import load_denoiser, weights_hash
+from mdm.convert import StudentSettings
 from mdm.errors import ConfigError
 from mdm.record import to_json
 from mdm.train import trainer
@@ -48,8 +49,8 @@ def place(tmp_path_factory):
 
 def small(place, **changes):
     return bench.TideBench(**{
-        "arms": ARMS, "seeds": (0, 1), "steps": 2, "teacher_steps": 3, "layers": 1, "block": 4,
-        "length": 80, "rows": 4, "holes": 3, "tokens": 270, "documents": 20,
+        "arms": ARMS, "seeds": (0, 1), "steps": 2, "teacher_steps": 3, "first_steps": 1, "layers": 1,
+        "block": 4, "length": 80, "rows": 4, "holes": 3, "tokens": 270, "documents": 20,
         "recipe": str(place / "tiny.yaml"), "assignments": ("train.eval_rows=4",), **changes,
     })  # fmt: skip
 
@@ -71,6 +72,10 @@ def runs_of(record, name):
 def plain(value):
     """As it is read back from a file."""
     return json.loads(to_json(value))
+
+
+def rows_for(place, vocab, kind="rows"):
+    return open_prepared(place / "runs" / "data" / f"{kind}-{vocab.fingerprint[:8]}")
 
 
 def folder_of(runs, name):
@@ -97,14 +102,31 @@ def test_a_study_of_the_embedded_model_is_possible():
     assert settings.chosen == (*bench.PIPELINES["shared"].arms, *bench.PIPELINES["cross"].arms)
     for arm in settings.chosen:
         recipe = bench.recipe_of(settings, arm, 1)
-        student = recipe.student
-        assert (student.init, student.layers, student.kind, student.block_size) == (
-            "embedded", 6, "bd3lm", 8
-        )  # fmt: skip
+        assert recipe.student == StudentSettings(init="first")
         train = recipe.train
         assert (train.steps, train.batch_rows, train.seed, train.max_minutes) == (40, 4, 1, 0)
         assert recipe.data.length == 128
         assert recipe.teacher.model == "teacher"
+    for name, tokenizer in (("shared", False), ("cross", True)):
+        first = bench.first_recipe(settings, name)
+        student = first.student
+        assert (student.init, student.layers, student.kind, student.block_size) == (
+            "embedded", 6, "bd3lm", 8
+        )  # fmt: skip
+        assert (student.tokenizer is not None) == tokenizer
+        assert not first.objective.distils
+        assert first.train.steps == 100
+        assert first.train.seed not in (*settings.seeds, bench.TEACHER_SEED)
+
+
+def test_students_can_begin_from_cut_layers():
+    settings = bench.TideBench(first_steps=0)
+    for arm, pipeline in bench.PIPELINE_OF.items():
+        student = bench.recipe_of(settings, arm, 1).student
+        assert (student.init, student.layers, student.kind, student.block_size) == (
+            "embedded", 6, "bd3lm", 8
+        )  # fmt: skip
+        assert (student.tokenizer is None) == (pipeline == "shared")
 
 
 @pytest.mark.parametrize("name", ["shared", "cross"])
@@ -127,7 +149,6 @@ def test_arms_of_a_pipeline_differ_in_the_teaching_alone(name):
     assert not recipes[pipeline.controls[0]].objective.distils
     for arm, recipe in recipes.items():
         objective = recipe.objective
-        assert (recipe.student.tokenizer is None) == (name == "shared")
         if not objective.distils:
             continue
         assert (objective.kd_temperature, objective.temperature_squared) == (2, name == "shared")
@@ -171,9 +192,9 @@ def test_settings_reach_the_recipes():
         weight="mean_masked",
         assignments=("train.clip=2",),
     )
-    recipe = bench.recipe_of(settings, "kl", 0)
-    assert recipe.student.layers is None
-    assert (recipe.student.block_size, recipe.data.length) == (16, 64)
+    recipe, first = bench.recipe_of(settings, "kl", 0), bench.first_recipe(settings, "shared")
+    assert first.student.layers is None
+    assert (first.student.block_size, recipe.data.length) == (16, 64)
     assert (recipe.train.batch_rows, recipe.train.micro_rows, recipe.train.clip) == (3, 3, 2)
     assert recipe.objective.weight == "mean_masked"
     assert bench.recipe_of(bench.TideBench(), "kl", 0).objective.weight == "bound"
@@ -249,7 +270,7 @@ def test_the_teacher_is_made_by_mdm_and_measured_on_the_students_masks(done):
     assert runs["teacher", 0]["bound"] != runs["teacher", 1]["bound"]
     # The same rows and masks as a student's: by hand, from what lies there.
     recipe = bench.recipe_of(small(place), "ce", 1)
-    rows = open_prepared(place / "runs" / "data" / "shared").held_out
+    rows = rows_for(place, denoiser.vocab).held_out
     with torch.no_grad():
         found = bench.held_out_bound(denoiser, rows, num_rows=4, draws=2, batch_rows=4, seed=1)
     assert recipe.train.eval_draws == 2
@@ -259,7 +280,9 @@ def test_the_teacher_is_made_by_mdm_and_measured_on_the_students_masks(done):
 def test_the_rows_of_a_pipeline_are_the_same_whoever_reads_them(done):
     """Those of the control and those that the teacher reads; and some chunks are several tokens."""
     place, record, _ = done
-    own, read = (open_prepared(place / "runs" / "data" / name) for name in ("cross", "chunks"))
+    (folder,) = (place / "runs").glob("first-cross-????????")
+    vocab = load_denoiser(folder / "final").vocab
+    own, read = (rows_for(place, vocab, name) for name in ("rows", "chunks"))
     assert len(own.train) == len(read.train)
     assert len(own.held_out) == len(read.held_out)
     for ours, theirs in ((own.train, read.train), (own.held_out, read.held_out)):
@@ -276,10 +299,11 @@ def test_the_rows_of_a_pipeline_are_the_same_whoever_reads_them(done):
 def test_what_is_left_in_the_folder(done):
     place, _, said = done
     runs = place / "runs"
-    assert [text.split("-")[0] for text in said[:3]] == [
-        "teacher", "tokenizer of the students: 270 tokens", "1/16 teacher"
+    assert [text.split("-")[0] for text in said[:5]] == [
+        "tokenizer of the students: 270 tokens", "teacher", "first", "first", "1/16 teacher"
     ]  # fmt: skip
-    assert said[0].endswith(": 3 steps …")
+    assert said[1].endswith(": 3 steps …")
+    assert said[2].endswith(": 1 steps …")
     assert said[-1].startswith("16/16 calm_tidal-seed1-")
     kept = {path.name for path in folder_of(runs, "ce-seed0").iterdir()}
     assert {"record.jsonl", "recipe.yaml", "metrics.jsonl"} <= kept
@@ -299,8 +323,9 @@ def test_what_is_left_in_the_folder(done):
 def test_weights_can_be_kept(done, tmp_path):
     place, _, _ = done
     settings = small(place, arms=("ce",), seeds=(0,))
-    teacher = folder_of(place / "runs", "teacher")
-    shutil.copytree(teacher, tmp_path / teacher.name)
+    for name in ("teacher", "first-shared"):
+        made = folder_of(place / "runs", name)
+        shutil.copytree(made, tmp_path / made.name)
     bench.run(settings, tmp_path, tmp_path / "x", lambda text: None, keep=True)
     assert load_denoiser(folder_of(tmp_path, "ce-seed0") / "final").block_size == 4
 
@@ -361,7 +386,9 @@ def test_a_stopped_study_goes_on_where_it_was(done, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         bench.run(settings, tmp_path / "runs", tmp_path / "x", lambda text: None)
     found = bench.run(settings, tmp_path / "runs", tmp_path / "x", lambda text: None)
-    assert trained == ["teacher", "ce-seed1", "tidal_normalised-seed1", "tidal_normalised-seed1"]
+    assert trained == [
+        "teacher", "first-shared", "ce-seed1", "tidal_normalised-seed1", "tidal_normalised-seed1"
+    ]  # fmt: skip
     for arm in ("teacher", "ce", "tidal_normalised"):
         mine, theirs = runs_of(found, "shared")[arm, 1], runs_of(record, "shared")[arm, 1]
         assert mine["bound"] == theirs["bound"]
@@ -386,15 +413,15 @@ def test_a_stopped_teacher_goes_on(done, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "save", stop)
         with pytest.raises(KeyboardInterrupt):
-            bench.trained_teacher(small(place), tmp_path, lambda text: None)
+            bench.trained(bench.teacher_recipe(small(place)), tmp_path, lambda text: None)
     with monkeypatch.context() as patch:
         patch.setattr(bench, "clean", lambda folder, *parts: None)  # its checkpoint stays
-        found = bench.trained_teacher(small(place), tmp_path, lambda text: None)
+        found = bench.trained(bench.teacher_recipe(small(place)), tmp_path, lambda text: None)
     assert (found.folder / "checkpoints").exists()
     usual = record["results"]["teacher"]
     assert found.numbers == usual
     (found.folder / "record.jsonl").write_text('{"kind": "tr')
-    again = bench.trained_teacher(small(place), tmp_path, lambda text: None)
+    again = bench.trained(bench.teacher_recipe(small(place)), tmp_path, lambda text: None)
     assert again.numbers["weights"] == usual["weights"]
     assert 0 < tokens[0] < tokens[1]
 
@@ -404,9 +431,11 @@ def test_a_stopped_teacher_goes_on(done, tmp_path, monkeypatch):
     [
         ({"steps": 3}, "ce-seed0"),  # the teacher is measured already
         ({"holes": 4}, "teacher-seed0"),
-        ({"weight": "mean_masked"}, "ce-seed0"),
-        ({"arms": ("ce_cross",), "tokens": 280}, "ce_cross-seed0"),
+        ({"weight": "mean_masked"}, "first-shared"),
+        ({"arms": ("ce_cross",), "tokens": 280}, "first-cross"),
         ({"teacher_steps": 4}, "teacher"),
+        ({"first_steps": 2}, "first-shared"),
+        ({"first_steps": 0}, "ce-seed0"),
         ({"assignments": ()}, "teacher"),
     ],
 )
@@ -444,6 +473,10 @@ def made_up(seeds=2):
         "kind": "bench tide",
         "settings": {**asdict(bench.TideBench()), "seeds": [*range(seeds)]},
         "results": {
+            "first": {"shared": {
+                "weights": "x", "steps": 40, "bound_before": 15.0,
+                "bound": {"mean": 7.25, "std_err": 0.5},
+            }},
             "teacher": {
                 "bound": {"mean": 2.5, "std_err": 0.04},
                 "bound_before": 4.25,
@@ -541,6 +574,7 @@ def test_the_command(done, tmp_path):
     place, record, _ = done
     options = {
         "arms": ",".join(ARMS), "seeds": "0, 1", "steps": 2, "teacher-steps": 3, "layers": 1,
+        "first-steps": 1,
         "block": 4, "length": 80, "rows": 4, "holes": 3, "tokens": 270, "documents": 20,
         "weight": "bound", "recipe": place / "tiny.yaml", "set": "train.eval_rows=4",
         "runs": place / "runs", "record": tmp_path / "r.jsonl", "table": tmp_path / "page.md",
