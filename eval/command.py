@@ -64,7 +64,11 @@ def _names(ctx: click.Context, parameter: click.Parameter, text: str | None) -> 
 @click.option("--gen-length", type=int, help="New tokens.  [default: the task's, or 256]")
 @click.option("--strip", is_flag=True, help="Prompts lose the white space at their end.")
 @click.option("--steps", type=int, help="Denoising steps in total.  [default: one per token]")
-@click.option("--block-length", type=int, help="Tokens decoded together.  [default: all]")
+@click.option(
+    "--block-length",
+    type=int,
+    help="Tokens decoded together.  [default: all, or the model's own blocks]",
+)
 @click.option(
     "--remasking",
     default="low_confidence",

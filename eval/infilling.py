@@ -2,7 +2,8 @@
 
 `infill_single_line` hides each line once (Fried et al., arXiv 2204.05999), `infill_random_span` what
 is between two random characters (Bavarian et al., arXiv 2207.14255). A diffusion student sees both
-sides. An AR teacher sees the left one, or both if it was trained to (fim.py).
+sides (with blocks: of the right one what lies in the last block of the hole). An AR teacher sees the
+left one, or both if it was trained to (fim.py).
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ from mdm.denoiser import Denoiser
 from mdm.errors import ConfigError, check_known, unknown
 from mdm.generate import Generation, Hole, fill
 from mdm.likelihood import Likelihood, LikelihoodSettings, Pair
+from mdm.sampler import check_blocks
 from mdm.vocab import Vocab, read_vocab
 
 from .responses import key_of
@@ -197,11 +198,15 @@ class Evaluated:
 
 
 def open_evaluated(source: str, settings: ModelSettings, device: str | None = None) -> Evaluated:
-    """The model behind a source: an mdm folder or a published diffusion model is a student, else AR."""
+    """The model behind a source: an mdm folder or a published diffusion model is a student, else AR.
+
+    Raises ConfigError if the settings do not go with its blocks, before anything is asked.
+    """
     dtype = DTYPES[settings.dtype]
     model: Denoiser | Autoregressive
     if opens_as_denoiser(source):
         model = load_denoiser(source, dtype=dtype)
+        check_blocks(model, settings.sampler)
         moved: torch.nn.Module = model
     else:
         network, tokenizer = load_ar(source, dtype=dtype)
@@ -215,7 +220,7 @@ def identity_of(model: Denoiser | Autoregressive, source: str, dtype: str) -> di
     """Everything about a model that decides its answers."""
     student = isinstance(model, Denoiser)
     ours = (
-        {"shift": model.shift, "block_size": model.block_size}
+        {"shift": model.shift, "block_size": model.block_size, "attention": model.attention}
         if isinstance(model, Denoiser)
         else {}
     )

@@ -10,7 +10,7 @@ E whole blocks of clean tokens, N masked tokens, M outputs that are needed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,7 +33,6 @@ def answer_blocks(prompt_length: int, answer_length: int, block_size: int | None
     return [slice(max(prompt_length, block.start), block.stop) for block in blocks]
 
 
-@torch.no_grad()
 def block_log_probs(
     denoiser: Denoiser,
     x0_L: torch.Tensor,
@@ -46,6 +45,23 @@ def block_log_probs(
     `answers` are the blocks' answer parts, `masks` their (R, A) masks; R may differ between blocks.
     Elsewhere than under a mask the result is 0.
     """
+    *_, (_, found) = block_log_prob_steps(denoiser, x0_L, answers, masks, batch_tokens)
+    assert found is not None, "the last forward has the result"
+    return found
+
+
+@torch.no_grad()
+def block_log_prob_steps(
+    denoiser: Denoiser,
+    x0_L: torch.Tensor,
+    answers: Sequence[slice],
+    masks: Sequence[torch.Tensor],
+    batch_tokens: int = 4096,
+) -> Iterator[tuple[int, list[torch.Tensor] | None]]:
+    """`block_log_probs` by forwards: the rows of each, and with the last one the result.
+
+    The first forward reads the clean tokens.
+    """
     size = denoiser.block_size
     assert size is not None, "not a block diffusion model"
     device = denoiser.device
@@ -53,6 +69,7 @@ def block_log_probs(
     # whole blocks, prompt tail included
     positions_Q = torch.arange(first, len(x0_L), device=device)
     cache, ends_ED = clean_pass(denoiser, x0_L)
+    yield 1, None
     rows = max(len(mask_RA) for mask_RA in masks)
     masked_RQ = torch.zeros(rows, len(positions_Q), dtype=torch.bool, device=device)
     for answer, mask_RA in zip(answers, masks, strict=True):
@@ -64,10 +81,15 @@ def block_log_probs(
         log_probs_RQ[begin : begin + step] = _noisy_pass(
             denoiser, x0_L, positions_Q, part_rQ, cache, ends_ED
         )
-    return [
-        log_probs_RQ[: len(mask_RA), answer.start - first : answer.stop - first].cpu()
-        for answer, mask_RA in zip(answers, masks, strict=True)
-    ]
+        if begin + step < rows:
+            yield len(part_rQ), None
+    yield (
+        len(part_rQ),
+        [
+            log_probs_RQ[: len(mask_RA), answer.start - first : answer.stop - first].cpu()
+            for answer, mask_RA in zip(answers, masks, strict=True)
+        ],
+    )
 
 
 def clean_pass(denoiser: Denoiser, x0_L: torch.Tensor) -> tuple[DynamicCache, torch.Tensor]:

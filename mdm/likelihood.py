@@ -144,6 +144,19 @@ def check_pair(pair: Pair, max_length: int, mask_id: int | None) -> None:
         )
 
 
+def check_settings(denoiser: Denoiser, settings: LikelihoodSettings) -> None:
+    """Raise RequestError for settings that mean nothing to a model with blocks."""
+    if denoiser.block_size is None:
+        return
+    if settings.estimator == ORDER:
+        raise RequestError("estimator order needs a full-canvas model; this one has blocks")
+    if settings.cfg_scale > 0:
+        raise RequestError(
+            f"guidance (cfg_scale = {settings.cfg_scale}) has no meaning for the likelihood of a"
+            " block diffusion model yet; set cfg_scale to 0"
+        )
+
+
 def log_likelihood(
     denoiser: Denoiser,
     pairs: Sequence[Pair],
@@ -174,7 +187,8 @@ def scoring(
     settings: LikelihoodSettings,
     done: Callable[[int, Likelihood], None],
 ) -> Iterator[int]:
-    """`log_likelihood` bit by bit: yields the rows of every forward (block models: 1 for every pair)."""
+    """`log_likelihood` bit by bit: yields the rows of every forward."""
+    check_settings(denoiser, settings)
     for pair in pairs:
         check_pair(pair, denoiser.max_length, denoiser.mask_id)
     if settings.estimator == ORDER:
@@ -268,11 +282,6 @@ def _by_blocks(
     settings: LikelihoodSettings,
     done: Callable[[int, Likelihood], None],
 ) -> Iterator[int]:
-    if settings.cfg_scale > 0:
-        raise RequestError(
-            f"guidance (cfg_scale = {settings.cfg_scale}) has no meaning for the likelihood of a"
-            " block diffusion model yet; set cfg_scale to 0"
-        )
     for index, pair in enumerate(pairs):
         grid = blocks.answer_blocks(len(pair.prompt), len(pair.answer), denoiser.block_size)
         names = [resolve(settings, block.stop - block.start) for block in grid]
@@ -282,22 +291,31 @@ def _by_blocks(
         ]
         x0_L = torch.tensor(pair.prompt + pair.answer, device=denoiser.device)
         masks = [plan.masked_RL for plan in plans]
-        log_probs = blocks.block_log_probs(denoiser, x0_L, grid, masks, settings.batch_tokens)
-        errors = [
-            ESTIMATORS[name].std_err(plan, log_probs_RA)
-            for name, plan, log_probs_RA in zip(names, plans, log_probs, strict=True)
-        ]
-        values = [plan.value(lp_RA) for plan, lp_RA in zip(plans, log_probs, strict=True)]
-        result = Likelihood(
-            value=math.fsum(values),
-            std_err=math.sqrt(math.fsum(error**2 for error in errors)),
-            nfe=max(len(plan.weight_R) for plan in plans),
-            estimator=next((name for name in names if name != "exact"), "exact"),
-            num_tokens=len(pair.answer),
-            is_bound=any(block.stop - block.start > 1 for block in grid),
-        )
-        done(index, result)
-        yield 1
+        for rows, log_probs in blocks.block_log_prob_steps(
+            denoiser, x0_L, grid, masks, settings.batch_tokens
+        ):
+            if log_probs is not None:
+                done(index, _sum_of_blocks(pair, names, plans, log_probs))
+            yield rows
+
+
+def _sum_of_blocks(
+    pair: Pair, names: Sequence[str], plans: Sequence[Masks], log_probs: Sequence[torch.Tensor]
+) -> Likelihood:
+    """The bound of a pair from the (R, A) log-probabilities of each of its blocks."""
+    errors = [
+        ESTIMATORS[name].std_err(plan, log_probs_RA)
+        for name, plan, log_probs_RA in zip(names, plans, log_probs, strict=True)
+    ]
+    values = [plan.value(lp_RA) for plan, lp_RA in zip(plans, log_probs, strict=True)]
+    return Likelihood(
+        value=math.fsum(values),
+        std_err=math.sqrt(math.fsum(error**2 for error in errors)),
+        nfe=max(len(plan.weight_R) for plan in plans),
+        estimator=next((name for name in names if name != "exact"), "exact"),
+        num_tokens=len(pair.answer),
+        is_bound=any(plan.masked_RL.shape[1] > 1 for plan in plans),
+    )
 
 
 def _by_order(
@@ -306,9 +324,6 @@ def _by_order(
     settings: LikelihoodSettings,
     done: Callable[[int, Likelihood], None],
 ) -> Iterator[int]:
-    if denoiser.block_size is not None:
-        raise RequestError("estimator order needs a full-canvas model; this one has blocks")
-
     def keep(index: int, value: float, nfe: int, greedy: bool) -> None:
         length = len(pairs[index].answer)
         done(index, Likelihood(value, 0.0, nfe, ORDER, length, is_bound=False, greedy=greedy))

@@ -38,6 +38,9 @@ log = logging.getLogger("mdm.serve")
 
 # Rows of unlike length share a forward while no more than this part of it is padding.
 MAX_PADDING = 0.25
+# Of a model with blocks, which reads few tokens of a row: no matter how large a part, if it is no more
+# than so many tokens. Below about a hundred a forward costs what reading the weights costs.
+FREE_PADDING = 64
 # So many forwards in a row that fail, and the engine calls itself ill; for so long.
 ILL_AFTER = 5
 ILL_FOR_S = 30.0
@@ -216,14 +219,18 @@ class Engine:
             return True
         if sum(one.places for one in running) + unit.places > self.limits.max_rows:
             return False
-        held = unit.held_bytes + sum(one.held_bytes for one in running)
+        held = unit.held_bytes + self._held()
         return held + max(one.step_bytes for one in (*running, unit)) <= self.workspace
+
+    def _held(self) -> int:
+        """Predicted memory of what all units in work keep between forwards."""
+        return sum(unit.held_bytes for job in self._jobs for unit in job.running)
 
     def _groups(self, rows: Sequence[Row]) -> list[list[Row]]:
         """Rows that go into one forward: of like length, within the memory and the tokens allowed."""
-        held = sum(unit.held_bytes for job in self._jobs for unit in job.running)
+        held = self._held()
         groups: list[list[Row]] = []
-        for row in sorted(rows, key=lambda row: -row[1].length):
+        for row in sorted(rows, key=lambda row: -row[1].read):
             if groups and self._fits([unit for _, unit in (*groups[-1], row)], held):
                 groups[-1].append(row)
             else:
@@ -231,24 +238,29 @@ class Engine:
         return groups
 
     def _fits(self, units: Sequence[FillUnit], held: int) -> bool:
-        longest = max(unit.length for unit in units)
+        longest = max(unit.read for unit in units)
         rows = sum(unit.rows for unit in units)
-        used = sum(unit.rows * unit.length for unit in units)
-        if rows * longest > self.limits.batch_tokens or used < (1 - MAX_PADDING) * rows * longest:
+        padding = rows * longest - sum(unit.rows * unit.read for unit in units)
+        free = 0 if self.denoiser.block_size is None else FREE_PADDING
+        if rows * longest > self.limits.batch_tokens:
+            return False
+        if padding > max(MAX_PADDING * rows * longest, free):
             return False
         return held + self._step_bytes(units) <= self.share * self.workspace
 
     def _step_bytes(self, units: Sequence[FillUnit]) -> int:
         """Predicted memory of one forward for all of them."""
-        longest = max(unit.length for unit in units)
+        longest = max(unit.read for unit in units)
         largest = max(units, key=lambda unit: unit.choice_bytes)
+        has_blocks = self.denoiser.block_size is not None
         return self.footprint.step_bytes(
             sum(unit.rows for unit in units),
             longest,
             sum(unit.logits for unit in units),
             largest.outputs,
             largest.filling.canvas.settings,
-            padded=any(unit.length < longest for unit in units),
+            padded=any(unit.read < longest for unit in units),
+            kept=max(unit.kept for unit in units) if has_blocks else None,
         )
 
     def _fill(self, group: Sequence[Row]) -> None:
@@ -257,7 +269,7 @@ class Engine:
         if not group:
             return
         canvases = {number: unit.filling.canvas for number, (_, unit) in enumerate(group)}
-        before = [unit.filling.canvas.nfe for _, unit in group]
+        before = [(unit.filling.canvas.nfe, unit.read) for _, unit in group]
         self.meter.reset()
         began = time.monotonic()
         problem: Exception | None = None
@@ -282,17 +294,21 @@ class Engine:
             job.usage.note_pass(seconds, len(group), reading)
         decided = {commit.row: commit for commit in commits}
         for number, (job, unit) in enumerate(group):
+            nfe, read = before[number]
             try:
-                self._deliver(job, unit, decided[number], canvases[number].nfe - before[number])
+                self._deliver(job, unit, decided[number], canvases[number].nfe - nfe, read)
             except Exception as error:  # noqa: BLE001  the edge, as above
                 self._fail(job, _without_frames(error))
 
-    def _deliver(self, job: Job, unit: FillUnit, commit: Commit, forwards: int) -> None:
-        """Tell what one forward decided in one row, and its text if that was the last."""
+    def _deliver(self, job: Job, unit: FillUnit, commit: Commit, forwards: int, read: int) -> None:
+        """Tell what one forward decided in one row, and its text if that was the last.
+
+        `read`: positions it computed of the row; of a guided row so many twice.
+        """
         if job.ended:
             return
-        job.usage.note("denoise", forwards, forwards * unit.length)
-        self.telemetry.count_forwards(job.model, "denoise", forwards, forwards * unit.length)
+        job.usage.note("denoise", forwards, forwards * read)
+        self.telemetry.count_forwards(job.model, "denoise", forwards, forwards * read)
         positions = tuple(place - unit.start for place in commit.positions_k.tolist())
         tokens, confidence = tuple(commit.tokens_k.tolist()), tuple(commit.confidence_k.tolist())
         self._tell(job, Committed(unit.row, unit.forward, job.age, positions, tokens, confidence))
@@ -354,7 +370,7 @@ class Engine:
             return
         if len(group) > 1:
             half = self._step_bytes([unit for _, unit in group[: (len(group) + 1) // 2]])
-            self.share = min(self.share, half / self.workspace)
+            self.share = min(self.share, (self._held() + half) / self.workspace)
         if self.denoiser.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -1,4 +1,4 @@
-"""From a request to a job: text becomes tokens, settings are checked, memory is predicted.
+"""From a request to a job: text becomes tokens, settings are checked, units are made (units.py).
 
 All that can be wrong with a request is found here, before it waits and before memory is taken.
 """
@@ -7,23 +7,24 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 
-from mdm import autoregressive, fim, likelihood
-from mdm.autoregressive import Autoregressive, DecodingSettings
+from mdm import fim, likelihood
+from mdm.autoregressive import DecodingSettings
 from mdm.canvas import SamplerSettings
-from mdm.denoiser import CHUNK_BYTES, Denoiser
+from mdm.denoiser import Denoiser
 from mdm.errors import MdmError
-from mdm.generate import Hole, Request, encode, open_filling
-from mdm.likelihood import Likelihood, LikelihoodSettings, Pair
+from mdm.generate import Hole, Request, encode
+from mdm.likelihood import Pair
 
 from .errors import as_serve_error, invalid, too_large
-from .jobs import Committed, FillUnit, Job, Pass, RowDone, Scored, StepsUnit, Unit
+from .jobs import Unit
 from .limits import Limits
 from .memory import MIB
 from .models import Served
 from .schemas import DIFFUSION_ONLY, GenerateRequest, Sampling, ScoreRequest, Text
 from .telemetry import Telemetry
+from .units import fill_unit, write_unit
 
 # A token of code is rarely longer; a text longer than this many times the context cannot fit.
 LONGEST_TOKEN = 64
@@ -34,7 +35,7 @@ class Plan:
     """What a request to generate came down to.
 
     holes      one a text
-    left_only  the model will not see what stands after the hole
+    left_only  the model will not see what stands after the hole, of some text at least
     predicted  bytes of the largest forward of one text, and of its caches
     """
 
@@ -183,6 +184,7 @@ def plan(
     needed = max(unit.step_bytes + unit.held_bytes for unit in units)
     check_memory(served, max(prompts, key=lambda hole: hole.total), needed, workspace)
     tokens = sum(len(hole.before) + len(hole.after) for hole in prompts)
+    left_only = left_only or any(ends_with_block(served, hole) for hole in prompts)
     return Plan(served, holes, units, seed, tokens, left_only, needed)
 
 
@@ -197,6 +199,12 @@ def check_total(served: Served, hole: Hole) -> None:
         )
 
 
+def ends_with_block(served: Served, hole: Hole) -> bool:
+    """Does what stands after the hole begin with a new block, which a model with blocks does not see?"""
+    size, end = served.block_size, len(hole.before) + hole.length
+    return size is not None and bool(hole.after) and end % size == 0
+
+
 def check_memory(served: Served, hole: Hole, needed: int, workspace: int) -> None:
     """Raise ServeError if the request could not be worked on even alone."""
     if needed > workspace:
@@ -207,71 +215,6 @@ def check_memory(served: Served, hole: Hole, needed: int, workspace: int) -> Non
             " with a larger --workspace-mib",
             code="memory_limit",
         )
-
-
-def fill_unit(
-    served: Served, denoiser: Denoiser, row: int, hole: Hole, settings: SamplerSettings
-) -> FillUnit:
-    """One row of the student. Raises ConfigError if the settings do not fit."""
-    filling = open_filling(denoiser, hole, settings)
-    rows = 2 if settings.cfg_scale > 0 else 1
-    outputs = min(hole.length, settings.block_length or hole.length)
-    sizes = served.footprint
-    own = filling.canvas.settings
-    logits = outputs * (3 if rows == 2 else 1)
-    step_bytes = sizes.step_bytes(rows, hole.total, logits, outputs, own)
-    return FillUnit(
-        row=row,
-        filling=filling,
-        start=len(hole.before),
-        length=hole.total,
-        rows=rows,
-        outputs=outputs,
-        logits=logits,
-        step_bytes=step_bytes,
-    )
-
-
-def write_unit(
-    served: Served,
-    teacher: Autoregressive,
-    all_holes: Sequence[Hole],
-    batch: range,
-    settings: DecodingSettings,
-    telemetry: Telemetry,
-) -> StepsUnit:
-    """Rows `batch` of one request, written by the teacher in a batch of their own."""
-    holes = [all_holes[row] for row in batch]
-    for hole in holes:
-        autoregressive.check_hole(teacher, hole)
-
-    def advance(job: Job) -> Generator[Pass, None, None]:
-        left = len(holes)
-        for forward, written in enumerate(autoregressive.writing(teacher, holes, settings)):
-            kind = "decode" if forward else "prefill"
-            for token in written:
-                row = batch[token.row]
-                computed = 1 if forward else len(holes[token.row].before)
-                job.usage.note(kind, 1, computed)
-                telemetry.count_forwards(served.name, kind, 1, computed)
-                position, confidence = (forward,), (token.confidence,)
-                job.listener(Committed(row, forward, job.age, position, (token.token,), confidence))
-                if token.result is not None:
-                    left -= 1
-                    job.listener(RowDone(row, token.result))
-            yield Pass(kind, len(written), last=not left)
-
-    sizes, rows, longest = served.footprint, len(holes), max(hole.total for hole in holes)
-    prompt = max(len(hole.before) for hole in holes)
-    return StepsUnit(
-        advance,
-        step_bytes=max(
-            sizes.forward_bytes(rows, prompt, padded=True),
-            sizes.logits_bytes(rows) + 64 * sizes.vocab,  # noise and nucleus of one row, float64
-        ),
-        held_bytes=sizes.cache_bytes(rows, longest),
-        places=rows,
-    )
 
 
 # --- requests --------------------------------------------------------------------------------------
@@ -369,44 +312,3 @@ def check_forwards(
             param="text",
         )
     return pairs
-
-
-def score_unit(
-    served: Served,
-    pairs: Sequence[Pair],
-    settings: LikelihoodSettings,
-    workspace: int,
-    telemetry: Telemetry,
-) -> StepsUnit:
-    """The likelihood of all pairs, one forward at a time. Raises ServeError if memory is too small."""
-    sizes, model = served.footprint, served.model
-    longest = max(len(pair.prompt) + len(pair.answer) for pair in pairs)
-    rows = max(1, settings.batch_tokens // longest)
-    step_bytes = sizes.forward_bytes(rows, longest, padded=True) + 4 * CHUNK_BYTES
-    if step_bytes > workspace:
-        raise too_large(
-            f"scoring {longest} tokens needs about {step_bytes // MIB} MiB beside the weights of"
-            f" {served.name!r}, but this server may take {workspace // MIB} MiB; shorten the text",
-            code="memory_limit",
-        )
-
-    def advance(job: Job) -> Generator[Pass, None, None]:
-        left = len(pairs)
-
-        def done(index: int, found: Likelihood) -> None:
-            nonlocal left
-            left -= 1
-            computed = found.nfe * (len(pairs[index].prompt) + len(pairs[index].answer))
-            job.usage.note("score", found.nfe, computed)
-            telemetry.count_forwards(served.name, "score", found.nfe, computed)
-            job.listener(Scored(index, found))
-
-        if isinstance(model, Denoiser):
-            for computed in likelihood.scoring(model, pairs, settings, done):
-                yield Pass("score", computed, last=not left)
-            return
-        for index, pair in enumerate(pairs):
-            done(index, autoregressive.log_likelihood(model, [pair])[0])
-            yield Pass("score", 1, last=not left)
-
-    return StepsUnit(advance, step_bytes)

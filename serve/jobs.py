@@ -13,13 +13,15 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 
+from mdm.canvas import NOTHING_READ, Canvas
 from mdm.generate import Filling, Generation
+from mdm.grid import BlockGrid
 from mdm.likelihood import Likelihood
 
 from .errors import ServeError
 from .memory import Reading, bytes_per_choice, highest
 
-FORWARD_KINDS = ("prefill", "denoise", "store", "decode", "score")
+FORWARD_KINDS = ("prefill", "denoise", "decode", "score")
 
 
 @dataclasses.dataclass
@@ -120,7 +122,9 @@ class FillUnit:
     rows        rows it takes in a forward: 2 if guided
     outputs     most positions whose tokens a forward can choose
     logits      rows of logits that are held for them; a guided position has three
-    step_bytes  predicted memory of a forward of it alone
+    step_bytes  predicted memory of its largest forward, alone
+    held_bytes  predicted memory of what a model with blocks keeps of it between forwards
+    block_size  of such a model
     """
 
     row: int
@@ -132,7 +136,21 @@ class FillUnit:
     logits: int
     step_bytes: int
     held_bytes: int = 0
+    block_size: int | None = None
     forward: int = 0
+
+    @property
+    def kept(self) -> int:
+        """Positions before those of the next forward, read by earlier ones and kept."""
+        return self.filling.canvas.prefixes[0].length
+
+    @property
+    def read(self) -> int:
+        """Positions that the next forward reads; while it is not finished."""
+        if self.block_size is None:
+            return self.length
+        canvas = self.filling.canvas
+        return block_stop(canvas, canvas.blocks[0], self.block_size) - self.kept
 
     @property
     def choice_bytes(self) -> int:
@@ -145,7 +163,13 @@ class FillUnit:
         return 1
 
     def close(self) -> None:
-        """Nothing is held but the canvas."""
+        """Let go of what was kept of the canvas."""
+        self.filling.canvas.prefixes = NOTHING_READ
+
+
+def block_stop(canvas: Canvas, part: slice, block_size: int) -> int:
+    """Where the model's block ends of which this is a part; the last one may be shorter."""
+    return BlockGrid(0, len(canvas.ids_L), block_size).block(part.start // block_size).stop
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 The prediction is made before anything is allocated, so that a request that cannot fit is refused
 with the number that was exceeded. It is a bound from above for the models mdm knows, checked
-against measurement in tests. Shapes: B rows, L length, N rows of the head, V vocabulary.
+against measurement in tests. A model with blocks reads a few tokens a forward and keeps keys and
+values of those before them (mdm/cache.py), so there `length` is what is read and `kept` what is kept.
+Shapes: B rows, L length, N rows of the head, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ import torch
 from mdm.canvas import SamplerSettings
 
 MIB = 2**20
+# Bytes that say where a key stands (attention.Tokens), copies included.
+PLACE = 4 * 32
 
 
 # --- before ----------------------------------------------------------------------------------------
@@ -27,8 +31,10 @@ MIB = 2**20
 class Footprint:
     """The sizes of a model that decide what a forward takes, in numbers of elements.
 
-    layers, hidden, inner, heads, kv_width, vocab   as in its config; `inner` is the widest MLP
-    itemsize                                        bytes of one activation
+    layers, hidden, inner, heads, vocab  as in its config; `inner` is the widest MLP
+    kv_width                             of keys in the attention of a layer: of all heads
+    kept_width                           of keys in a cache; less if heads share them
+    itemsize                             bytes of one activation
     """
 
     layers: int
@@ -36,14 +42,26 @@ class Footprint:
     inner: int
     heads: int
     kv_width: int
+    kept_width: int
     vocab: int
     itemsize: int
 
-    def forward_bytes(self, rows: int, length: int, *, padded: bool = False) -> int:
-        """Activations of one layer (they are freed layer by layer), and a mask if rows are padded."""
+    def forward_bytes(
+        self, rows: int, length: int, *, padded: bool = False, kept: int | None = None
+    ) -> int:
+        """Activations of one layer (they are freed layer by layer), and a mask if rows are padded.
+
+        With blocks (`kept` is a number) there always is a mask, and a layer's keys are all there is.
+        """
         # Residual and attention 5 widths, the MLP 4.5 of its own: the families in the tests need less.
         activations = rows * length * (5 * self.hidden + 9 * self.inner // 2) * self.itemsize
-        return activations + (rows * length * length * (2 + self.itemsize) if padded else 0)
+        if kept is None:
+            return activations + (rows * length * length * (2 + self.itemsize) if padded else 0)
+        keys = kept + length
+        # A layer's keys and values, repeated for heads that share them; six masks of bytes, or one of
+        # numbers and two of bytes.
+        a_key = 2 * self.kv_width * self.itemsize + PLACE + length * max(6, 2 + self.itemsize)
+        return activations + rows * keys * a_key
 
     def logits_bytes(self, outputs: int) -> int:
         """Logits of `outputs` positions: as the head gives them, in float32, and once more masked."""
@@ -59,20 +77,30 @@ class Footprint:
         settings: SamplerSettings,
         *,
         padded: bool = False,
+        kept: int | None = None,
     ) -> int:
         """One denoising step: forward, logits and choice of tokens come one after the other.
 
         `outputs` positions of all rows have logits (a guided one three times: with the prompt,
         without it, and the two together); tokens are chosen row by row, for at most `largest`
-        positions, with these settings.
+        positions, with these settings. What rows with blocks keep from earlier steps is not counted.
         """
         held = outputs * 4 * self.vocab
         choosing = held + largest * (self.vocab * bytes_per_choice(settings) + 64)
-        return max(
-            self.forward_bytes(rows, length, padded=padded),
-            self.logits_bytes(outputs) + rows * length * self.hidden * self.itemsize,
-            choosing,
-        )
+        states = rows * length * self.hidden * self.itemsize
+        forward = self.forward_bytes(rows, length, padded=padded, kept=kept)
+        most = max(forward, self.logits_bytes(outputs) + states, choosing)
+        if kept is None:
+            return most
+        # The rows' keys side by side, padded to the longest, with the new ones behind them; then they
+        # are cut into rows again. One row is not copied.
+        joined = self.kept_bytes(rows, kept + length)
+        cut = joined + rows * (kept + length) * PLACE + states if rows > 1 else 0
+        return joined + max(most, cut)
+
+    def kept_bytes(self, rows: int, length: int) -> int:
+        """Keys and values of all layers."""
+        return 2 * self.layers * rows * length * self.kept_width * self.itemsize
 
     def cache_bytes(self, rows: int, length: int) -> int:
         """Keys and values of a causal model; growing copies them once."""
@@ -98,6 +126,7 @@ def footprint(model: Any) -> Footprint:
         inner=int(inner or 4 * config.hidden_size),
         heads=heads,
         kv_width=max(kv_heads * width, heads * width),
+        kept_width=kv_heads * width,
         vocab=model.get_output_embeddings().weight.shape[0],
         itemsize=model.dtype.itemsize,
     )

@@ -75,6 +75,11 @@ class Served:
         return self.model.max_length
 
     @property
+    def block_size(self) -> int | None:
+        """Tokens a block of a block diffusion model; None = full canvas, or a teacher."""
+        return self.model.block_size if isinstance(self.model, Denoiser) else None
+
+    @property
     def opening(self) -> tuple[int, ...]:
         """Tokens before every text: a student's start token, what its tokenizer adds for a teacher."""
         if isinstance(self.model, Denoiser):
@@ -100,14 +105,9 @@ class Served:
 
 
 def open_student(source: str, *, name: str | None, dtype: str, device: str | None) -> Served:
-    """The student in an mdm folder. Raises CheckpointError, or ConfigError if it cannot be sampled."""
+    """The student behind a source. Raises CheckpointError."""
     check_known("dtype", dtype, DTYPES)
     denoiser = load_denoiser(source, dtype=DTYPES[dtype])
-    if denoiser.block_size is not None:
-        raise ConfigError(
-            f"{source} denoises in blocks of {denoiser.block_size} behind block-causal attention;"
-            " mdm can score with it, but not sample from it yet, so it cannot be served"
-        )
     to_device(denoiser, device)
     return _loaded(denoiser, source, name, dtype)
 

@@ -62,10 +62,15 @@ class Sampling(Strict):
         None,
         ge=1,
         le=MAX_TOKENS,
-        description="Denoising steps in total; null = one a token. A multiple of the blocks.",
+        description="Denoising steps in total; null = one a token. A multiple of the blocks; of a model"
+        " that has blocks itself, at least one for each.",
     )
     block_length: int | None = Field(
-        None, ge=1, le=MAX_TOKENS, description="Tokens decoded together, left to right; null = all."
+        None,
+        ge=1,
+        le=MAX_TOKENS,
+        description="Tokens decoded together, left to right; null = all, or the model's own blocks,"
+        " of whose size it must be a divisor.",
     )
     remasking: str = Field(
         "low_confidence",
@@ -169,7 +174,10 @@ class Choice(BaseModel):
 
 
 class GenerateResponse(BaseModel):
-    """Texts, and what they took. With `left_only` the model did not see the suffix."""
+    """Texts, and what they took. With `left_only` the model did not see the suffix.
+
+    A model with blocks sees as much of the suffix as lies in the last block of the hole.
+    """
 
     id: str
     model: str

@@ -30,13 +30,14 @@ from .errors import (
     too_large,
 )
 from .following import Delta, Following, Texts, Trajectories
-from .intake import Plan, pairs_of, score_unit
+from .intake import Plan, pairs_of
 from .jobs import Scored, Usage
 from .limits import Limits
 from .memory import MIB, Footprint, free_bytes
 from .models import Served, warm_up
 from .schemas import Choice, GenerateResponse, Memory, ScoreRequest, ScoreResponse, Stats
 from .telemetry import Telemetry
+from .units import score_unit
 
 log = logging.getLogger("mdm.serve")
 
@@ -343,7 +344,7 @@ class Service:
             nats_per_token=-whole.value / whole.num_tokens,
             bits_per_byte=bits_per_byte(whole, text),
             greedy=greedy,
-            stats=self.stats(usage, 0, unit.step_bytes),
+            stats=self.stats(usage, 0, unit.step_bytes + unit.held_bytes),
         )
 
     # --- about the server --------------------------------------------------------------------------
@@ -359,6 +360,7 @@ class Service:
                     "dtype": served.dtype,
                     "device": str(served.model.device),
                     "max_length": served.max_length,
+                    "block_size": served.block_size,
                     "fills_holes": served.fills_holes,
                     "chat": bool(served.decoder.tokenizer.chat_template),
                     "weights": served.weights,

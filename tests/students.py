@@ -27,6 +27,7 @@ def random_student(
     *,
     shift: bool = False,
     block_size: int | None = None,
+    attention: str | None = None,
     num_words: int = 12,
     unused_rows: int = 0,
     layers: int = 1,
@@ -41,7 +42,7 @@ def random_student(
     else:
         model = tiny_model(family, rows, layers=layers, hidden=hidden, **settings)
     make_bidirectional(model)
-    return Denoiser(model, vocab, shift=shift, block_size=block_size).eval()
+    return Denoiser(model, vocab, shift=shift, block_size=block_size, attention=attention).eval()
 
 
 class ScriptedStudent:

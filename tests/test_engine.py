@@ -21,6 +21,7 @@ from mdm.serve import intake
 from mdm.serve.engine import ILL_AFTER, ILL_FOR_S
 from mdm.serve.errors import ServeError
 from mdm.serve.jobs import Committed, Failed, Job, JobDone, RowDone, Scored
+from mdm.serve.units import score_unit
 
 START, END, MASK = 256, 257, 259
 
@@ -182,7 +183,7 @@ def test_scores_are_those_of_the_library_among_others(service):
     clients = [
         Client(
             service,
-            [intake.score_unit(service.student, pairs, one, service.workspace, service.telemetry)],
+            [score_unit(service.student, pairs, one, service.workspace, service.telemetry)],
             kind="score",
         )
         for one in settings
@@ -621,7 +622,7 @@ def test_a_long_likelihood_does_not_keep_others_waiting(service):
     settings = LikelihoodSettings(estimator="independent", mc_samples=2000, batch_tokens=64)
     drawn = []
     real = likelihood.ESTIMATORS["independent"].draw
-    unit = intake.score_unit(service.student, pairs, settings, service.workspace, service.telemetry)
+    unit = score_unit(service.student, pairs, settings, service.workspace, service.telemetry)
 
     def draw(*arguments):
         drawn.append(arguments)

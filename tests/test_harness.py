@@ -75,6 +75,22 @@ def test_a_likelihood_is_that_of_the_package():
         assert model.likelihoods[likelihood_key(asked.doc, asked.args)] == result
 
 
+def test_a_block_model_has_the_exact_bound_and_writes_up_to_a_stop_string():
+    student = tiny_eval.student(block_size=4)
+    model = lm(student, mc_samples=15)
+    requests = [scoring("A dog", text, doc_id=i) for i, text in enumerate(CHOICES)]
+    pairs = [pair_of_texts(student.vocab, *one.args, document_key(one.doc)) for one in requests]
+    settings = LikelihoodSettings(estimator="exact", mc_samples=15)
+    expected = likelihood.log_likelihood(student, pairs, settings)
+    assert model.loglikelihood(requests) == [(result.value, False) for result in expected]
+    assert all(found.std_err == 0 for found in model.likelihoods.values())
+    (whole,) = model.generate_until([writing("def f", {"until": [], "max_gen_toks": 20})])
+    assert len(whole) > 4
+    stop = whole[2:4]
+    (cut,) = model.generate_until([writing("def f", {"until": [stop], "max_gen_toks": 20})])
+    assert cut == whole[: whole.index(stop)]
+
+
 def test_a_teacher_is_exact_and_knows_what_is_greedy():
     teacher = tiny_eval.teacher()
     # A context whose likeliest next token is a character that stands for itself.

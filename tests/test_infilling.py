@@ -488,6 +488,22 @@ def test_a_random_student_fails_and_a_second_run_knows_it(student_source):
     assert [s["outputs"] for s in again.samples] == [s["outputs"] for s in outcome.samples]
 
 
+@pytest.mark.parametrize("length", ["true", "search"])
+def test_a_block_model_fills_holes(tmp_path, ar_source, length):
+    save_denoiser(tiny_denoiser(ar_source, kind="bd3lm", block_size=4), tmp_path / "blocks")
+    answers = opened(str(tmp_path / "blocks"))
+    assert answers.evaluated.model.block_size == 4
+    settings = InfillSettings(context=20, length=length, candidates=(2, 5))
+    outcome = run_infilling(answers, SINGLE_LINE, settings, limit=1, limits=LIMITS)
+    assert outcome.scores["pass@1"].value == 0.0
+    for sample in outcome.samples:
+        (text,) = sample["outputs"]
+        assert len(text.encode()) > 0
+    if length == "true":  # a token a forward
+        tokens = [sample["target_tokens"] for sample in outcome.samples]
+        assert [sample["metrics"]["nfe"] for sample in outcome.samples] == tokens
+
+
 def test_problems_are_the_clusters_of_the_standard_error(ar_source, scribe):
     """Right on the lines of one problem only."""
     targets = {item.prefix: item for item in items_of(SINGLE_LINE)}

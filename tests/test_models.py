@@ -1,6 +1,7 @@
 """Students and teachers behind the same calls, and what tells them apart in the store."""
 
 import dataclasses
+import json
 import re
 import shutil
 from types import SimpleNamespace
@@ -265,8 +266,62 @@ def test_identity_holds_what_decides_answers(student, student_folder, tmp_path):
     settings = ModelSettings()
     same = open_evaluated(str(copy), settings).identity
     assert same == {**student.identity, "dtype": settings.dtype}
-    text = (copy / "mdm.json").read_text()
-    (copy / "mdm.json").write_text(text.replace('"block_size": null', '"block_size": 2'))
+    with_blocks(copy, "block")
     other = open_evaluated(str(copy), settings).identity
     assert other["weights"] == same["weights"]
     assert other["config"] != same["config"]
+
+
+# --- models with blocks --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def block_folder(tmp_path_factory, student_folder):
+    """The student's weights behind the attention of blocks."""
+    folder = tmp_path_factory.mktemp("blocks") / "model"
+    shutil.copytree(student_folder, folder)
+    with_blocks(folder, "block")
+    return str(folder)
+
+
+def with_blocks(folder, attention):
+    """Change what the folder says about its model."""
+    facts = json.loads((folder / "mdm.json").read_text())
+    facts |= {"block_size": 4, "attention": attention}
+    (folder / "mdm.json").write_text(json.dumps(facts))
+
+
+def test_attention_is_part_of_the_identity(block_folder, tmp_path):
+    shutil.copytree(block_folder, tmp_path / "other")
+    with_blocks(tmp_path / "other", "context_causal")
+    one, other = (
+        open_evaluated(str(folder), SETTINGS) for folder in (block_folder, tmp_path / "other")
+    )
+    assert (one.model.attention, other.model.attention) == ("block", "context_causal")
+    assert one.identity["weights"] == other.identity["weights"]
+    assert one.identity["config"] != other.identity["config"]
+
+
+def test_a_block_model_fills_and_scores_as_the_library_does(block_folder):
+    evaluated = open_evaluated(block_folder, dataclasses.replace(SETTINGS, batch_size=2), "cpu")
+    assert evaluated.kind == STUDENT
+    wanted = [hole("a = ", 9, "\nb", key=1), hole("x", 2, key=2), hole("", 7, ")", key=3)]
+    noisy = SamplerSettings(temperature=0.7)
+    alone = [fill(evaluated.model, [one], noisy)[0] for one in wanted]
+    found = evaluated.complete(wanted, temperature=0.7)
+    assert [result.token_ids for result in found] == [result.token_ids for result in alone]
+    pairs = [Pair((START, *b"de"), tuple(b"f f()"), "one"), Pair((START,), tuple(b"x"), "two")]
+    exact = dataclasses.replace(SETTINGS, likelihood=LikelihoodSettings(mc_samples=15))
+    found = dataclasses.replace(evaluated, settings=exact).score(pairs)
+    assert [result.estimator for result in found] == ["exact", "exact"]
+    assert found == likelihood.log_likelihood(evaluated.model, pairs, exact.likelihood)
+
+
+def test_what_does_not_go_with_blocks_is_said_before_anything_is_asked(block_folder):
+    for values, message in (
+        ({"block_length": 3}, "divisor of 4"),
+        ({"compat": "llada"}, "models without blocks"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            open_evaluated(block_folder, model_settings(**values), "cpu")
+    open_evaluated(block_folder, model_settings(block_length=2), "cpu")

@@ -16,9 +16,8 @@ from mdm.checkpoint import save_denoiser
 from mdm.errors import CheckpointError, ConfigError
 from mdm.serve.access import KEY_VARIABLE
 from mdm.serve.command import serve
-from mdm.serve.limits import Limits
 from mdm.serve.models import name_of
-from mdm.serve.run import listen, open_service
+from mdm.serve.run import listen
 
 
 @pytest.fixture(scope="module")
@@ -100,14 +99,6 @@ def test_bad_settings(folder, monkeypatch, tmp_path):
     assert "cannot use --device 'gpu'" in str(run("--port", 0, "--device", "gpu"))
     error = run("--port", 0, "--teacher", "teacher", "--name", "teacher")
     assert "both called 'teacher'" in str(error)
-
-
-def test_a_block_model_is_refused_with_the_reason(tmp_path):
-    student = byte_student()
-    student.block_size = 4
-    save_denoiser(student, tmp_path / "blocks")
-    with pytest.raises(ConfigError, match="denoises in blocks of 4"):
-        open_service(str(tmp_path / "blocks"), None, Limits())
 
 
 def test_without_the_extra_it_says_what_to_install(folder, monkeypatch):

@@ -25,14 +25,14 @@ START, END = 256, 257
 
 
 @functools.cache
-def student(positions=192, seed=0):
+def student(positions=192, seed=0, block_size=None):
     """A random byte-level denoiser; its tokenizer has a chat template."""
     tokenizer = tiny.byte_tokenizer()
     tokenizer.chat_template = tiny.CHAT_TEMPLATE
     vocab = read_vocab(tokenizer).with_mask(None)
     model = network(len(vocab), positions, seed)
     make_bidirectional(model)
-    return Denoiser(model, vocab, shift=False).eval()
+    return Denoiser(model, vocab, shift=False, block_size=block_size).eval()
 
 
 @functools.cache

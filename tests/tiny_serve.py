@@ -41,12 +41,14 @@ def byte_vocab():
     return read_vocab(tokenizer)
 
 
-def byte_student(seed: int = 0) -> Denoiser:
+def byte_student(
+    seed: int = 0, *, block_size: int | None = None, attention: str | None = None
+) -> Denoiser:
     """A random student over bytes (ids 0 … 255, start 256, end 257, pad 258, mask 259)."""
     vocab = byte_vocab().with_mask(None)
     model = tiny_model("llama", len(vocab), layers=2, seed=seed)
     make_bidirectional(model)
-    return Denoiser(model, vocab, shift=True).eval()
+    return Denoiser(model, vocab, shift=True, block_size=block_size, attention=attention).eval()
 
 
 def byte_teacher(seed: int = 1) -> Autoregressive:
@@ -61,6 +63,24 @@ def tiny_service(*, teacher: bool = False, student: Denoiser | None = None, **li
     return Service(held, beside, Limits(**{"workspace_mib": WORKSPACE_MIB, **limits}))
 
 
+def before_forwards(service: Service, call) -> None:
+    """`call(x_BQ)` with the tokens of every forward of the student; if it raises, the forward fails.
+
+    Of a student with blocks these are those that are read, and forwards of likelihoods are among them.
+    """
+    denoiser = service.student.model
+    if denoiser.block_size is not None:
+        denoiser.model.base_model.register_forward_pre_hook(lambda _, given: call(given[0]))
+        return
+    real = denoiser.forward
+
+    def forward(xt_BL, *arguments, **options):
+        call(xt_BL)
+        return real(xt_BL, *arguments, **options)
+
+    denoiser.forward = forward
+
+
 class Gate:
     """Every forward of the student waits for `let`; afterwards `open` lets all through.
 
@@ -68,21 +88,18 @@ class Gate:
     """
 
     def __init__(self, service: Service) -> None:
-        denoiser = service.student.model
         self.permits = threading.Semaphore(0)
         self.seen: list[int] = []
         self._open = False
         self._arrived = threading.Semaphore(0)
-        real = denoiser.forward
 
-        def forward(xt_BL, *arguments, **options):
+        def hold(xt_BL):
             self._arrived.release()
             if not self._open:
                 assert self.permits.acquire(timeout=30), "nobody let this forward through"
             self.seen.append(len(xt_BL))
-            return real(xt_BL, *arguments, **options)
 
-        denoiser.forward = forward
+        before_forwards(service, hold)
 
     def wait(self) -> None:
         """Until a forward has begun (and now waits to be let through)."""
