@@ -220,7 +220,7 @@ def held_out_units(after: HeldOut) -> dict[str, Units]:
 
 def teacher_seconds(recipe: Recipe, folder: Path) -> float:
     """Seconds a step that go into soft targets: the fastest of a few of the run's steps."""
-    if recipe.objective.kd_lambda == 0:
+    if not recipe.objective.distils:
         return 0.0
     again = start(recipe, folder)
     assert again.ask is not None, "there is distillation"

@@ -2,8 +2,9 @@
 
 A chunk (alignment.py) is the same text to both, cut into different tokens. Each side's log-likelihood of
 it is the sum over its own tokens of log p(true token | what the model saw): every factor given the same
-input, so a product of marginals and no joint. What is compared are two coins, "this text" or "another",
-with p = exp(log-likelihood / T). With s the student's log-likelihood:
+input (but for block edges, chunk_likelihoods.py), so a product of marginals and no joint. What is compared
+are two coins, "this text" or "another", with p = exp(log-likelihood / T). With s the student's
+log-likelihood:
 
     loss           definition                              gradient wrt s
     forward_calm   -[p_t log p_s + (1-p_t) log(1-p_s)]     (p_s - p_t) / (T (1-p_s))

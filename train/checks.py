@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Protocol
+
 from mdm.attention import BLOCK_ATTENTIONS
 from mdm.config import require
 from mdm.errors import ConfigError, check_known
 
+from .dataset import DataSettings
 from .lambdas import MixSettings
 from .losses import check_tail
 from .objective import ObjectiveSettings
@@ -70,18 +74,22 @@ def _check_target(objective: ObjectiveSettings, target: TargetSettings) -> None:
             f" see masks; set target.kind to one of {', '.join(SEES_MASKS)}, or leave comp_demo out"
         )
     if target.kind in SEES_MASKS:
-        for name in ("infill", "top_p"):
-            value = getattr(target, name)
-            if value != getattr(TargetSettings(), name):
+        for name, value in dataclasses.asdict(target).items():
+            if name not in _OF_MASKS and value != getattr(TargetSettings(), name):
                 raise ConfigError(
                     f"target.{name}={value} means nothing with target.kind={target.kind}, which asks a"
-                    " diffusion model for whole distributions; leave it out"
+                    " diffusion model once and for whole distributions; leave it out"
                 )
     elif target.kind != "embedding":
         # `mapped` leaves a single token where only one can go on, with nothing outside.
         truncated = target.kind != "left" or target.top_p < 1
         check_tail(objective.divergence, objective.tail, truncated=truncated)
     if target.kind == CHUNKS:
+        require(
+            objective.kd_lambda < 1,
+            f"objective.kd_lambda=1 with target.kind={CHUNKS} leaves nothing for tokens that lie in no"
+            " chunk, end tokens among them; set it below 1, or use objective.kd_weight",
+        )
         require(
             objective.noise == "row"
             and objective.kd_positions == 0
@@ -90,6 +98,9 @@ def _check_target(objective: ObjectiveSettings, target: TargetSettings) -> None:
             " objective.noise=row, kd_positions=0 and complementary=false",
         )
 
+
+# Settings of a target that a diffusion teacher is asked by.
+_OF_MASKS = ("kind", "comp_demo", "comp_demo_share")
 
 # Settings that go with some ways of comparing only, and what else compares.
 _OTHERS = {
@@ -119,18 +130,21 @@ def _check_meaningless(objective: ObjectiveSettings, target: TargetSettings) -> 
             )
 
 
-def check_blocks(
-    objective: ObjectiveSettings,
-    eos_block: int,
-    *,
-    block_size: int | None,
-    attention: str,
-    shift: bool,
-) -> None:
-    """Settings that need a student with blocks, or other blocks: raise ConfigError.
+class Layout(Protocol):
+    """What of a student says how it reads: a Denoiser, or what is known of one without its weights."""
 
-    `eos_block` is that of the data, 0 if nothing is padded to it.
-    """
+    @property
+    def block_size(self) -> int | None: ...
+    @property
+    def attention(self) -> str: ...
+    @property
+    def shift(self) -> bool: ...
+
+
+def check_blocks(objective: ObjectiveSettings, data: DataSettings, student: Layout) -> None:
+    """Settings that need a student with blocks, or other blocks: raise ConfigError."""
+    block_size, attention, shift = student.block_size, student.attention, student.shift
+    eos_block = data.eos_block if data.eos_padding == "document" else 0
     wants = {
         "noise": objective.noise == "block",
         "ar_weight": objective.ar_weight > 0,

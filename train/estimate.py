@@ -38,13 +38,7 @@ def describe(recipe: Recipe, processes: int = 1, tflops: float | None = None) ->
     check_sharding(recipe)
     require_even(recipe, processes)
     student = student_outline(recipe)
-    check_blocks(
-        recipe.objective,
-        recipe.data.eos_block if recipe.data.eos_padding == "document" else 0,
-        block_size=student.block_size,
-        attention=student.attention,
-        shift=student.shift,
-    )
+    check_blocks(recipe.objective, recipe.data, student)
     require_context(recipe, student.max_length, "student")
     teacher = None
     lines = [

@@ -25,8 +25,8 @@ from mdm.schedule import SCHEDULES
 from .objective import ObjectiveSettings
 from .outlines import Outline, copies
 from .recipe import Recipe
-from .sharding import ONE_PASS
-from .teachers.denoised import DENOISED, SEES_MASKS
+from .sharding import EQUAL_PASSES
+from .teachers.denoised import DENOISED
 
 EXAMPLE_TFLOPS = 100.0  # of a process, in the example where no rate is given
 
@@ -114,7 +114,7 @@ def describe_computing(
     step, steps = sum(parts.values()), recipe.train.steps
     lines = [f"computing   {step:.3g} FLOPs a step, {step * steps:.3g} in {steps} steps:"]
     lines += [f"              {name:<22}{value:9.2e} FLOPs a step" for name, value in parts.items()]
-    if teacher and recipe.target.kind not in (*ONE_PASS, *SEES_MASKS):
+    if teacher and recipe.target.kind not in EQUAL_PASSES:
         lines.append(
             f"              not counted: the branches of target.kind={recipe.target.kind}, which depend"
             " on the masks"

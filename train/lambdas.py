@@ -4,10 +4,10 @@
     λ   = λ_train · (1 - t)
     λ_train = first + (last - first) · (1 - cos πs) / 2
 
-with t the noise level of the row or of the block (the mask probability; 1 is all masks) and s the part
-of the training that is done. Early in training, and where much is hidden, the student is taught by
-something close to itself. Source: TIDE (arXiv 2604.26951, TIDAL), first 0.1, last 0.9; without the factor
-1 - t it is TAID (2501.16937) with a cosine for its adaptive schedule.
+with t the noise level of the row or of the block (1 is all masks; a block of one token has no other, and
+so no signal) and s the part of the training that is done. Early in training, and where much is hidden, the
+student is taught by something close to itself. Source: TIDE (arXiv 2604.26951, TIDAL), first 0.1, last
+0.9; without the factor 1 - t it is TAID (2501.16937) with a cosine for its adaptive schedule.
 
 The gradient of KL(r ‖ q) is proportional to λ to first order, so mixing also makes the term weaker; so does
 the published weight "midrange", whose mean is .38 and not 1. Together: the mean of w·(1 - t) over masked
@@ -80,6 +80,8 @@ def midrange(level_BL: torch.Tensor) -> torch.Tensor:
 
 def _midrange_normalised(level_BL: torch.Tensor) -> torch.Tensor:
     """Mean 1 over masked tokens, for t uniform on (0, 1), whichever way tokens are counted.
+
+    Of small blocks with masking=exact, whose levels are few, it is a little less; not for schedule=cosine.
 
     Weighed by 1/t (the bound), masked tokens lie uniformly in t, and the mean of w is ∫ w dt. In a plain
     mean their density is 2t, and 2 ∫ t w dt is the same, because w is symmetric around 1/2.

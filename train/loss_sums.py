@@ -60,7 +60,7 @@ def loss_sums(
             kl_n = kd_weight_n * ce_n.masked_scatter(on_n, apart_n)
         found = [ce_weight_n * ce_n, kl_n]
         if isinstance(targets, ChunkTargets):
-            found.append(-cross_entropy(logits_nV, ids_n))
+            found.append(-cross_entropy(logits_nV, ids_n) if settings.label_smoothing else -ce_n)
         return torch.stack(found, dim=-1)
 
     options = batch.clean

@@ -9,7 +9,8 @@ KL_i is CE_i where the teacher has no counterpart of the position (a teacher wit
 w_i is the weight of the noise level, the same for both terms, and D the global denominator of the
 whole step, so that the result does not depend on micro-batches or processes. h_i corrects for a
 chosen subset: with k of a row's m masked positions distilled, each counts m / k times. With chunks
-(target.kind=chunks) KL_i stands for a loss per chunk, which has the place of its first token.
+(target.kind=chunks) KL_i stands for a loss per chunk, which has the place of its first token, and tokens in
+no chunk (end tokens) have the first term only.
 
     weight       w_i             D                   what it is
     bound        1/t, or L/l     maskable tokens     the negative likelihood bound per token
@@ -140,9 +141,9 @@ class ObjectiveSettings:
     def _check_masking(self) -> None:
         if self.masking == "clipped":
             require(
-                self.noise == "block" and not self.complementary,
+                self.noise == "block" and not self.complementary and self.schedule == "linear",
                 "objective.masking=clipped is for blocks, each with masks of its own: set"
-                " objective.noise=block and leave complementary off",
+                " objective.noise=block, schedule=linear, and leave complementary off",
             )
         if self.complementary:
             require(

@@ -22,6 +22,7 @@ from .objective import ObjectiveSettings
 from .optimizer import LR_SCHEDULES
 from .placement import MaskSettings, check_masks
 from .targets import TargetSettings
+from .teachers.denoised import SEES_MASKS
 
 DEFAULT_RECIPE = "demo"
 PRECISIONS = ("bf16", "fp32")
@@ -172,6 +173,8 @@ class Recipe:
             "data.held_out_fraction must be above 0: training reports the bound on held-out rows",
         )
         check_objective(self.objective, self.target, self.masks, self.mix)
+        if self.objective.distils:
+            self._check_teacher()
         check_masks(
             self.masks,
             masking=self.objective.masking,
@@ -179,6 +182,21 @@ class Recipe:
             distils=self.objective.distils,
             kd_positions=self.objective.kd_positions,
             ce_positions=self.objective.ce_positions,
+        )
+
+    def _check_teacher(self) -> None:
+        kind, teacher = self.target.kind, self.teacher
+        seen = kind in SEES_MASKS
+        require(
+            not (seen and (teacher.quantization or teacher.offload)),
+            f"teacher.quantization={teacher.quantization!r}, teacher.offload={teacher.offload} with"
+            f" target.kind={kind}: a diffusion teacher is held in teacher.dtype on the device; leave both"
+            " out, or share it out over processes with train.sharding=full",
+        )
+        require(
+            seen or not teacher.trust_remote_code,
+            f"teacher.trust_remote_code is for published diffusion models; target.kind={kind} asks an AR"
+            " model: leave it out",
         )
 
 

@@ -130,13 +130,7 @@ def start(recipe: Recipe, folder: Path) -> Run:
     check_sharding(recipe)
     torch.manual_seed(settings.seed)
     denoiser = with_adapters(initial_student(recipe), settings)
-    check_blocks(
-        recipe.objective,
-        recipe.data.eos_block if recipe.data.eos_padding == "document" else 0,
-        block_size=denoiser.block_size,
-        attention=denoiser.attention,
-        shift=denoiser.shift,
-    )
+    check_blocks(recipe.objective, recipe.data, denoiser)
     teacher = open_teacher(recipe, denoiser.vocab)
     if recipe.target.kind == "embedding" and isinstance(teacher, ARTeacher):
         denoiser.projection = projection(denoiser, teacher)

@@ -28,14 +28,15 @@ from mdm.denoiser import Denoiser
 from mdm.errors import ConfigError
 
 from . import processes
+from .teachers.denoised import SEES_MASKS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .recipe import Recipe, TrainSettings
 
-# Asked in exactly one causal pass, whatever is masked.
-ONE_PASS = ("left", "mapped", "embedding")
+# Asked in equally many passes, whatever is masked.
+EQUAL_PASSES = ("left", "mapped", "embedding", *SEES_MASKS)
 
 # Matrices of layers are gathered in bfloat16, in which autocast computes with them; all else stays as it
 # is (also the inputs), so that the result is that of autocast. Gradients are summed in float32.
@@ -55,13 +56,13 @@ def check_sharding(recipe: Recipe) -> None:
             f"train.sharding=full shares out the teacher's weights, which teacher.{name} would have"
             " elsewhere; leave one of the two out, or set target.cache and load no teacher at all"
         )
-    if target.kind not in ONE_PASS or target.infill:
+    if target.kind not in EQUAL_PASSES or target.infill:
         asked = f"target.infill={target.infill}" if target.infill else f"target.kind={target.kind}"
         raise ConfigError(
             f"train.sharding=full with {asked}: how often the teacher is asked depends on the masks of a"
             " process, but a sharded one must be asked by all processes at once; set"
-            " train.sharding=none, or a target of one pass (target.kind=left, without target.infill;"
-            " then target.cache spares the teacher, too)"
+            " train.sharding=none, or a target of as many passes for all masks (target.kind=left, without"
+            " target.infill; then target.cache spares the teacher, too)"
         )
 
 

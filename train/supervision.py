@@ -71,12 +71,6 @@ def open_teacher(recipe: Recipe, vocab: Vocab) -> Teacher | None:
     dtype, few, device = DTYPES[settings.dtype], settings.quantization, processes.device()
     teacher: Teacher
     if target.kind in SEES_MASKS:
-        if few or settings.offload:
-            raise ConfigError(
-                f"teacher.quantization={few!r}, teacher.offload={settings.offload} with target.kind="
-                f"{target.kind}: diffusion teachers are held whole, in teacher.dtype; leave both out, or"
-                " share them out with train.sharding=full"
-            )
         teacher = load_diffusion_teacher(
             settings.model,
             vocab,

@@ -6,6 +6,9 @@ the same chunks masked, and answers with the sum of log p(true token | what it s
 Tokens of the text that lie in no chunk, cut by the edge of a piece, are always masked to it, and so is its
 end token: they could tell of what the student cannot see. What of the student's is in no chunk (its end
 token) has no target and is learnt from the cross-entropy alone, as in TIDE (arXiv 2604.26951).
+Where teacher or student has blocks, a chunk over the edge of a block is not scored under one input: its
+tokens behind the edge see those before it clean. And as the two have grids of their own, what is masked
+in the student's block can stand clean in an earlier block of the teacher's. Both lie in the method.
 Shapes: B batch, L the student's length, M the teacher's, N the student's masked positions, C masked chunks.
 """
 
@@ -25,6 +28,7 @@ from ..targets import ChunkTargets, TargetSettings, refuse_nan
 from .denoised import DiffusionTeacher, conditioned_on, demo_uniforms
 
 NO_CHUNK = -1
+IMPOSSIBLE = -1e4  # nats; a token the teacher never writes (its mask, spelt out in a text) has -inf
 
 
 def ask_chunks(
@@ -70,7 +74,7 @@ def chunk_targets(
         place_K = torch.searchsorted(ids_C, chunk_BM[asked_BM])
         likelihood_C.index_add_(0, place_K, log_prob_K)
     return ChunkTargets(
-        likelihood_C,
+        likelihood_C.clamp(min=IMPOSSIBLE),
         number_N,
         first_C,
         conditioned_on(denoiser, settings),
