@@ -8,13 +8,15 @@ two pipelines (TIDE, arXiv 2604.26951), each with controls that learn from the s
     shared   the tokenizer of the teacher; noise by blocks
         ce                 control: cross-entropy alone
         kl                 KL(teacher ‖ student), T = 2
+        kl_weak            the same at the mean strength of tidal's signal, a weight of .09
         tidal              towards a mixture of both, weighed by noise level, as published
         tidal_comp_demo    the same, the teacher asked in two passes
         tidal_normalised   tidal with weights of mean 1 and KL weighed as the cross-entropy
     cross    a tokenizer learnt on the corpus; noise by rows, which chunks need
         ce_cross           control: masks fall token by token
         ce_chunks          control: masks as below, distillation at a weight of 1e-9, lost in rounding
-        forward_calm, reverse_calm (as published), bernoulli_kl (what that is said to be)
+        forward_calm, reverse_calm (the loss as published), bernoulli_kl (what that is said to be)
+        published_calm     reverse_calm as released: its masks, which count long chunks more, and T = 5
         calm_tidal         forward_calm towards a mixture of both, uniform over noise levels as published
 
 All students of a pipeline and seed have the same rows, number of tokens and initial weights (in one with
@@ -88,6 +90,7 @@ PIPELINES = {
         {
             "ce": _NO_TEACHER,
             "kl": _DENOISED,
+            "kl_weak": (*_DENOISED, "objective.kd_weight=0.09"),
             "tidal": _TIDAL,
             "tidal_comp_demo": (*_TIDAL, "target.comp_demo=bernoulli"),
             "tidal_normalised": (
@@ -104,6 +107,10 @@ PIPELINES = {
             "forward_calm": (*_CALM, "objective.chunk_loss=forward_calm"),
             "reverse_calm": (*_CALM, "objective.chunk_loss=reverse_calm"),
             "bernoulli_kl": (*_CALM, "objective.chunk_loss=bernoulli_kl"),
+            "published_calm": (
+                *_CALM, "objective.chunk_loss=reverse_calm", "objective.kd_temperature=5",
+                "masks.where=chunks_published",
+            ),
             "calm_tidal": (*_CALM, "objective.chunk_loss=forward_calm", *_MIX),
         },
         ("ce_cross", "ce_chunks"),
@@ -162,9 +169,9 @@ class TideBench:
 
     @property
     def chosen(self) -> tuple[str, ...]:
-        """The arms, with the control of every pipeline they are of, and `ce` for the teacher."""
+        """The arms, with the controls of every pipeline they are of, and `ce` for the teacher."""
         wanted = self.arms or tuple(PIPELINE_OF)
-        controls = {"ce", *(PIPELINES[PIPELINE_OF[arm]].controls[0] for arm in wanted)}
+        controls = {"ce"}.union(*(PIPELINES[PIPELINE_OF[arm]].controls for arm in wanted))
         return tuple(arm for arm in PIPELINE_OF if arm in wanted or arm in controls)
 
 
@@ -190,7 +197,9 @@ def run(
         for seed in settings.seeds
         for arm in (TEACHER, *settings.chosen)
     }
-    pipelines = [name for name in PIPELINES if name in {PIPELINE_OF[arm] for arm in settings.chosen}]
+    pipelines = [
+        name for name in PIPELINES if name in {PIPELINE_OF[arm] for arm in settings.chosen}
+    ]
     if "cross" in pipelines:
         made_tokenizer(settings, runs, say)
     teacher = trained(teacher_recipe(settings), runs, say)

@@ -16,8 +16,9 @@ TITLES = {
 NOTES = {
     "shared": "",
     "cross": "`ce_cross` masks token by token, the others whole chunks; `ce_chunks` has their masks and a"
-    " distillation weight of 1e-9. What an arm owes to its teacher is its difference to `ce_chunks`."
-    " Bounds a byte are of the same documents as above, cut into other rows.",
+    " distillation weight of 1e-9. What an arm owes to its teacher is its difference to `ce_chunks`"
+    " (`published_calm` has masks of its own, too). Bounds a byte are of the same held-out part, but not of"
+    " the same text: other tokens make other rows.",
 }
 
 
@@ -33,7 +34,11 @@ def page(record: dict[str, Any]) -> str:
         title(settings),
         teacher(results["teacher"]),
         *(
-            "\n\n".join([*pipeline(name, found), *first(results["first"].get(name))])
+            "\n\n".join([
+                *pipeline(name, found),
+                *filter(None, [doubt(results["pipelines"]["shared"]["differences"])]),
+                *first(results["first"].get(name)),
+            ])
             for name, found in results["pipelines"].items()
         ),
     ])  # fmt: skip
@@ -49,7 +54,8 @@ def title(settings: dict[str, Any]) -> str:
         f" objective.weight={settings['weight']}, {seeds} seed{'s' * (seeds > 1)},"
         f" {settings['holes']} held-out holes of each length; bounds in nats a token. Differences are"
         f" paired (same rows, masks and holes): mean over seeds and {interval}, each by itself, not"
-        " corrected for their number."
+        " corrected for their number. Seeds vary the order of rows, masks and holes; teacher, first"
+        " student, tokenizer and held-out rows are the same: intervals say nothing about others."
     )
 
 
@@ -105,7 +111,7 @@ def pipeline(name: str, found: dict[str, Any]) -> list[str]:
                 if own:
                     differences.append(_differences(arm, reference, own))
         text.append("\n".join(differences))
-    return [*text, *filter(None, (NOTES[name], doubt(lines)))]
+    return [*text, *filter(None, [NOTES[name]])]
 
 
 def doubt(lines: Sequence[dict[str, Any]]) -> str:

@@ -60,7 +60,8 @@ def block_log_prob_steps(
 ) -> Iterator[tuple[int, list[torch.Tensor] | None]]:
     """`block_log_probs` by forwards: the rows of each, and with the last one the result.
 
-    The first forward reads the clean tokens.
+    The first forward reads the clean tokens. In the others every row has keys and values of the clean
+    tokens to itself, so these count towards `batch_tokens`, too.
     """
     size = denoiser.block_size
     assert size is not None, "not a block diffusion model"
@@ -75,7 +76,7 @@ def block_log_prob_steps(
     for answer, mask_RA in zip(answers, masks, strict=True):
         masked_RQ[: len(mask_RA), answer.start - first : answer.stop - first] = mask_RA.to(device)
     log_probs_RQ = torch.zeros(masked_RQ.shape, dtype=torch.float64, device=device)
-    step = max(1, batch_tokens // len(positions_Q))
+    step = max(1, batch_tokens // (len(x0_L) + len(positions_Q)))
     for begin in range(0, rows, step):
         part_rQ = masked_RQ[begin : begin + step]
         log_probs_RQ[begin : begin + step] = _noisy_pass(

@@ -282,8 +282,14 @@ def _by_blocks(
     settings: LikelihoodSettings,
     done: Callable[[int, Likelihood], None],
 ) -> Iterator[int]:
-    for index, pair in enumerate(pairs):
-        grid = blocks.answer_blocks(len(pair.prompt), len(pair.answer), denoiser.block_size)
+    grids = [
+        blocks.answer_blocks(len(pair.prompt), len(pair.answer), denoiser.block_size)
+        for pair in pairs
+    ]
+    for block in (block for grid in grids for block in grid):
+        length = block.stop - block.start
+        _check_exact(resolve(settings, length), length, settings)
+    for index, (pair, grid) in enumerate(zip(pairs, grids, strict=True)):
         names = [resolve(settings, block.stop - block.start) for block in grid]
         plans = [
             _draw(name, block.stop - block.start, settings, pair.key, number)

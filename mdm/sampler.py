@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -69,9 +70,9 @@ def make_canvas(
         )
     start, end = (where[0], where[-1] + 1) if where else (0, 0)
     grid = decoding_grid(denoiser, start, end, settings.block_length)
-    all_blocks = [grid.block(i) for i in range(grid.num_blocks)]
-    blocks = [slice(max(start, b.start), b.stop) for b in all_blocks if bool(open_L[b].any())]
-    steps = block_steps(denoiser, [int(open_L[block].sum()) for block in blocks], settings)
+    counts = Counter((position - grid.start) // grid.block_length for position in where)
+    blocks = [slice(max(start, b.start), b.stop) for b in map(grid.block, sorted(counts))]
+    steps = block_steps(denoiser, [counts[number] for number in sorted(counts)], settings)
     valid_L = torch.ones_like(open_L)
     valid_L[:padding] = False
     return Canvas(

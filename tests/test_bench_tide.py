@@ -151,8 +151,10 @@ def test_arms_of_a_pipeline_differ_in_the_teaching_alone(name):
         objective = recipe.objective
         if not objective.distils:
             continue
-        assert (objective.kd_temperature, objective.temperature_squared) == (2, name == "shared")
-        assert objective.kd_weight == (1e-9 if arm == "ce_chunks" else 1)
+        temperature = 5 if arm == "published_calm" else 2
+        assert objective.kd_temperature == temperature
+        assert objective.temperature_squared == (name == "shared")
+        assert objective.kd_weight == {"ce_chunks": 1e-9, "kl_weak": 0.09}.get(arm, 1)
         assert objective.kd_reduce == ("same" if arm == "tidal_normalised" else "mean_masked")
 
 
@@ -171,16 +173,23 @@ def test_what_each_arm_is():
         assert recipe.target.comp_demo == ("bernoulli" if arm == "tidal_comp_demo" else "")
         if recipe.objective.distils:
             assert recipe.target.kind == ("chunks" if cross else "denoised")
-            assert recipe.masks.where == ("chunks" if cross else "uniform")
+            masks = "chunks_published" if arm == "published_calm" else "chunks"
+            assert recipe.masks.where == (masks if cross else "uniform")
     losses = {arm: recipes[arm].objective.chunk_loss for arm in bench.PIPELINES["cross"].arms}
-    assert [losses[arm] for arm in ("forward_calm", "reverse_calm", "bernoulli_kl", "calm_tidal")] == [
-        "forward_calm", "reverse_calm", "bernoulli_kl", "forward_calm"
+    assert [losses[arm] for arm in ("forward_calm", "reverse_calm", "bernoulli_kl", "published_calm",
+                                      "calm_tidal")] == [
+        "forward_calm", "reverse_calm", "bernoulli_kl", "reverse_calm", "forward_calm"
     ]  # fmt: skip
 
 
 def test_controls_come_with_the_arms():
     assert bench.TideBench(arms=("tidal",)).chosen == ("ce", "tidal")
-    assert bench.TideBench(arms=("bernoulli_kl",)).chosen == ("ce", "ce_cross", "bernoulli_kl")
+    assert bench.TideBench(arms=("bernoulli_kl",)).chosen == (
+        "ce",
+        "ce_cross",
+        "ce_chunks",
+        "bernoulli_kl",
+    )
 
 
 def test_settings_reach_the_recipes():
@@ -363,7 +372,7 @@ def test_finished_runs_are_not_repeated(done, tmp_path, monkeypatch):
     some = small(place, arms=("calm_tidal",))
     less = bench.run(some, place / "runs", tmp_path / "again.jsonl", said.append)
     assert {arm for arm, _ in runs_of(less, "shared")} == {"teacher", "ce"}
-    assert {arm for arm, _ in runs_of(less, "cross")} == {"ce_cross", "calm_tidal"}
+    assert {arm for arm, _ in runs_of(less, "cross")} == {"ce_cross", "ce_chunks", "calm_tidal"}
     assert not said
     with pytest.raises(AssertionError, match="trained again"):
         bench.run(small(place, seeds=(0, 2)), copied(place, tmp_path), tmp_path / "x", said.append)
@@ -473,10 +482,14 @@ def made_up(seeds=2):
         "kind": "bench tide",
         "settings": {**asdict(bench.TideBench()), "seeds": [*range(seeds)]},
         "results": {
-            "first": {"shared": {
-                "weights": "x", "steps": 40, "bound_before": 15.0,
-                "bound": {"mean": 7.25, "std_err": 0.5},
-            }},
+            "first": {
+                "shared": {
+                    "weights": "x",
+                    "steps": 40,
+                    "bound_before": 15.0,
+                    "bound": {"mean": 7.25, "std_err": 0.5},
+                }
+            },
             "teacher": {
                 "bound": {"mean": 2.5, "std_err": 0.04},
                 "bound_before": 4.25,
