@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from mdm.checkpoint import load_ar
+from mdm.checkpoint import load_ar, save_denoiser
 from mdm.config import build
+from mdm.convert import StudentSettings, convert
 from mdm.errors import ConfigError
 from mdm.train import processes
 from mdm.train.command import train as command
@@ -38,12 +39,15 @@ RUN = {"steps": 6, "checkpoint_every": 2, "eval_every": 3}
 def models(tmp_path_factory):
     """Folders of AR models. The untied one has an odd number of rows, which two cannot share evenly."""
     folder = tmp_path_factory.mktemp("models")
-    return {
+    found = {
         "untied": tiny_run.ar_folder(folder / "untied", extra_special=("<x>",)),
         "tied": tiny_run.ar_folder(folder / "tied", tie_word_embeddings=True),
         "gemma3": tiny_run.ar_folder(folder / "gemma3", family="gemma3"),
         "gpt_neox": tiny_run.ar_folder(folder / "gpt_neox", family="gpt_neox"),
     }
+    teacher = convert(StudentSettings(init=found["tied"], kind="bd3lm", block_size=4))
+    save_denoiser(teacher, folder / "denoiser")
+    return found | {"denoiser": str(folder / "denoiser")}
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +69,28 @@ def tree(models, corpus):
 def cases(tree, models):
     """By name: the arguments of `play`, without sharding."""
     states = {"teacher": {"model": models["tied"]}, "target": {"kind": "embedding"}}
+    blocks = {"kind": "bd3lm", "block_size": 4, "attention": "context_causal"}
+    seen = {
+        "teacher": {"model": models["denoiser"]},
+        "mix": {"first": 0.1, "last": 0.9, "by_noise": True},
+    }
     found = {
+        "blocks": {
+            "tree": tree(
+                student={"init": models["untied"], **blocks},
+                target={"kind": "denoised", "comp_demo": "bernoulli"},
+                objective={"noise": "block", "masking": "exact", "ar_weight": 0.5, "kd_weight": 1},
+                **seen,
+            )
+        },
+        "chunks": {
+            "tree": tree(
+                target={"kind": "chunks", "comp_demo": "exact"},
+                objective={"kd_weight": 1, "kd_reduce": "mean_masked"},
+                masks={"where": "chunks"},
+                **seen,
+            )
+        },
         "untied": {"tree": tree()},
         "tied": {"tree": tree("tied", {"gradient_checkpointing": True, "micro_rows": 1})},
         "gemma3": {"tree": tree("gemma3", {"micro_rows": 8}, objective={"kd_lambda": 0.0})},
@@ -78,6 +103,8 @@ def cases(tree, models):
             "tree": tree("gpt_neox", {"precision": "bf16", "gradient_checkpointing": True})
         },
     }
+    for name in ("blocks", "chunks"):
+        found[f"{name} half hidden"] = found[name] | {"half_hidden": True}
     return {name: {"steps": 3, **case} for name, case in found.items()}
 
 
@@ -260,7 +287,8 @@ def in_two(tmp_path_factory, cases):
 @pytest.mark.parametrize("sharding", ["none", "full"])
 @pytest.mark.parametrize(
     "name",
-    ["untied", "tied", "gemma3", "mapped", "states", "half hidden", "states half hidden"],
+    ["untied", "tied", "gemma3", "mapped", "states", "half hidden", "states half hidden", "blocks",
+     "blocks half hidden", "chunks", "chunks half hidden"],
 )
 def test_two_processes_are_as_good_as_one(tmp_path, in_two, cases, name, sharding):
     alone = two_processes.play(tmp_path, "alone", **cases[name])
@@ -377,7 +405,7 @@ def test_a_teacher_that_cannot_be_shared(tree, tmp_path, sections, message):
     check_sharding(build(Recipe, tree(train={"sharding": "full"}, **sections | alone)))
 
 
-@pytest.mark.parametrize("kind", ["left", "mapped", "embedding"])
+@pytest.mark.parametrize("kind", ["left", "mapped", "embedding", "denoised"])
 def test_teachers_that_can_be_shared(tree, kind):
     check_sharding(build(Recipe, tree(train={"sharding": "full"}, target={"kind": kind})))
 

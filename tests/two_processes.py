@@ -28,7 +28,7 @@ from mdm.train import processes, sharding, state, supervision, trainer
 from mdm.train.recipe import Recipe
 from mdm.train.run import averaged_weights, evaluate, save, start
 from mdm.train.state import load_state, saved_steps
-from mdm.train.targets import StateTargets
+from mdm.train.targets import ChunkTargets, HeadTargets, StateTargets
 
 
 def launch(*arguments, number=2, timeout=240):
@@ -115,8 +115,11 @@ def teacher_says(run):
     found = []
     for batch in trainer.micro_batches(run, 0) if run.ask else []:
         answer = run.ask(batch, run.denoiser)
-        if isinstance(answer, StateTargets):
-            value_N = answer.states_NC.abs().sum(1)
+        if isinstance(answer, StateTargets | HeadTargets):
+            value_N = answer.tensors[0].abs().sum(1)
+        elif isinstance(answer, ChunkTargets):
+            value_N = torch.zeros(len(answer.chunk_N))
+            value_N[answer.first_C] = answer.log_likelihood_C
         else:
             value_N = (answer.log_probs_NK.exp() * (answer.token_ids_NK + 1)).sum(1)
         sums_B = torch.zeros(len(batch.keys))
