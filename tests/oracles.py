@@ -1140,3 +1140,47 @@ def block_logits(
         return logits_LV
 
     return answer
+
+
+# --- 13. block diffusion in training: clean tokens and noisy copies of them in one row --------------
+
+
+class Place(NamedTuple):
+    """A token of a row [x_t ; … ; x_0]; copy 0 are the clean tokens. Padding is document -1."""
+
+    document: int
+    position: int
+    copy: int
+    masked: bool
+
+
+def sees_in_streams(query: Place, key: Place, block_size: int, attention: str) -> bool:
+    """May one token of a row see the other? BD3LM (2503.09573) and its relatives, sentence by sentence."""
+    if query.document != key.document:
+        return False
+    own, other = query.position // block_size, key.position // block_size
+    if key.copy == 0 and query.copy == 0:
+        return other <= own if attention == "block" else key.position <= query.position
+    if key.copy == 0:
+        return other < own
+    if key.copy != query.copy or other != own:
+        return False
+    if attention == "reordered":  # as if observed tokens had been moved in front of masks
+        return (key.masked, key.position) <= (query.masked, query.position)
+    return True
+
+
+def block_bound_of_table(
+    cross_entropy: Callable[[int, frozenset[int]], float], blocks: Sequence[Sequence[int]]
+) -> float:
+    """Σ over blocks of the bound of the block, where CE(i, masked ones of its block) is a table.
+
+    A block of n tokens: Σ_l E_{|M| = l} (1/l) Σ_M CE, l = 1 … n.
+    """
+    total = 0.0
+    for block in blocks:
+        for size in range(1, len(block) + 1):
+            sets = list(itertools.combinations(block, size))
+            losses = (cross_entropy(i, frozenset(chosen)) for chosen in sets for i in chosen)
+            total += math.fsum(losses) / size / len(sets)
+    return total

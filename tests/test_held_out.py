@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_run import VOCAB, ar_folder, tiny_denoiser
 
+from mdm.likelihood import LikelihoodSettings, Pair, log_likelihood
 from mdm.train import held_out, processes
 from mdm.train.held_out import HeldOut, held_out_bound
 from mdm.train.rows import RowBatch
@@ -197,3 +198,47 @@ def test_neighbouring_rows_have_noise_levels_of_their_own(student):
     steps = level_R.diff().abs().mean()
     assert steps > 0.2  # in order it would be 1/40
     assert level_R.sort().values.diff().max() < 0.11  # and together they still cover 0..1 evenly
+
+
+# --- block diffusion -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def block_students(tmp_path_factory):
+    """`block_students(attention=…, shift=…)`: blocks of three tokens."""
+    ar = ar_folder(tmp_path_factory.mktemp("ar"), seed=1)
+    return lambda **settings: tiny_denoiser(ar, kind="bd3lm", block_size=3, **settings)
+
+
+@pytest.mark.parametrize(
+    ("attention", "shift"), [("block", True), ("context_causal", False), ("reordered", False)]
+)
+def test_the_bound_of_a_block_student_is_its_likelihood(block_students, attention, shift):
+    """Masks of the whole row, as they fall in its blocks, give the sum of the blocks' own bounds."""
+    student = block_students(attention=attention, shift=shift)
+    same = Listed([(ROW, 1)] * 150)
+    found = evaluated(student, same, draws=40, batch_rows=150).summary()
+    pair = Pair((START,), tuple(ROW[1:]))
+    (exact,) = log_likelihood(student, [pair], LikelihoodSettings(estimator="exact"))
+    assert abs(found["nelbo"] + exact.value / 5) < 4 * found["nelbo_std_err"]
+    assert found["nelbo_std_err"] < 0.006 * found["nelbo"]
+
+
+def test_packed_documents_of_a_block_student(block_students):
+    """The grid begins anew: two documents in a row are two rows, up to the masks."""
+    student = block_students()
+
+    class Packed(Listed):
+        def batch(self, indices):
+            found = super().batch(indices)
+            ids_BL = torch.tensor([[0] * 4 + [1] * 5 + [-1]] * len(indices))
+            maskable_BL = (found.tokens_BL != START) & (ids_BL >= 0)
+            return found._replace(document_ids_BL=ids_BL, maskable_BL=maskable_BL)
+
+    rows = Packed([([START, *b"abc", START, *b"fghi", 258], 0)] * 150)
+    found = evaluated(student, rows, draws=40, batch_rows=150).summary()
+    pairs = [Pair((START,), tuple(b"abc")), Pair((START,), tuple(b"fghi"))]
+    results = log_likelihood(student, pairs, LikelihoodSettings(estimator="exact"))
+    expected = -sum(result.value for result in results) / 7
+    assert abs(found["nelbo"] - expected) < 4 * found["nelbo_std_err"]
+    assert found["nelbo_std_err"] < 0.006 * expected

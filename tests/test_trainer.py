@@ -12,21 +12,25 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import tiny
 import tiny_run
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
+from test_mapped import TEACHER_WORDS, vocab_of
 from tiny_run import LENGTH, VOCAB
 
-from mdm.checkpoint import load_denoiser, read_settings
-from mdm.errors import CheckpointError, ConfigError, DataError, TrainingError
+from mdm.checkpoint import load_denoiser, read_settings, save_denoiser
+from mdm.errors import CheckpointError, ConfigError, DataError, TrainingError, VocabError
 from mdm.record import to_json
 from mdm.train import state, trainer
 from mdm.train.command import train as command
 from mdm.train.held_out import held_out_bound
+from mdm.train.objective import ObjectiveSettings
 from mdm.train.progress import read_metrics
 from mdm.train.run import new_run, read_run, start
 from mdm.train.state import saved_steps
+from mdm.train.targets import Measured
 from mdm.train.trainer import train, train_step
 
 # Everything that must survive an interruption: moments, an average, evaluations on the way.
@@ -589,3 +593,207 @@ def test_a_finished_run_is_not_repeated(settings, tmp_path):
     train(recipe, folder)
     with pytest.raises(ConfigError, match=r"is finished; .* student.init="):
         train(recipe, folder)
+
+
+# --- block diffusion students and diffusion teachers -----------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    """Folders of diffusion teachers: one with the student's tokens, one with others."""
+    folder = tmp_path_factory.mktemp("teachers")
+    ar = tiny_run.ar_folder(folder / "ar", seed=5)
+    layout = {"kind": "bd3lm", "block_size": 8, "attention": "reordered", "shift": False}
+    save_denoiser(tiny_run.tiny_denoiser(ar, **layout), folder / "shared")
+    vocab = vocab_of(TEACHER_WORDS)
+    tiny.tiny_model("qwen2", len(vocab), hidden=16, seed=4).save_pretrained(folder / "other")
+    vocab.tokenizer.save_pretrained(folder / "other")
+    return folder
+
+
+BLOCKS = {
+    "student": {"kind": "bd3lm", "block_size": 4, "attention": "context_causal"},
+    "data": {"eos_block": 4},
+    "objective": {"kd_lambda": 0.0, "noise": "block", "complementary": True, "ar_weight": 0.25,
+                  "grow_from": 1, "grow_steps": 6},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tide(settings, teachers):
+    """Recipes by name: blocks alone; a teacher with the same tokens (TIDAL, CompDemo); one with others
+    (CALM). `tide("chunks", steps=9)`."""
+    save_denoiser(tiny_run.tiny_denoiser(teachers / "other"), teachers / "foreign")
+    kd = {"kd_lambda": ObjectiveSettings.kd_lambda, "kd_weight": 0.7, "kd_temperature": 2.0,
+          "kd_reduce": "mean_masked"}  # fmt: skip
+    tidal = {"first": 0.1, "last": 0.9, "by_noise": True}
+    changes = {
+        "blocks": {},
+        "denoised": {
+            "teacher": {"model": str(teachers / "shared")},
+            "target": {"kind": "denoised", "comp_demo": "bernoulli"},
+            "objective": {**BLOCKS["objective"], **kd},
+            "mix": {**tidal, "weight": "midrange"},
+        },
+        "chunks": {
+            "teacher": {"model": str(teachers / "foreign")},
+            "target": {"kind": "chunks", "comp_demo": "exact"},
+            "masks": {"where": "chunks_corrected"},
+            "objective": {**kd, "ar_weight": 0.25, "temperature_squared": False},
+            "mix": tidal,
+        },
+    }
+
+    def make(name, *, objective=None, **train):
+        sections = {**BLOCKS, **changes[name]}
+        sections["objective"] = {**sections["objective"], **(objective or {})}
+        return settings(**sections, train=train)
+
+    return make
+
+
+TIDE = ["blocks", "denoised", "chunks"]
+
+
+@pytest.mark.parametrize("name", TIDE[1:])
+def test_training_with_blocks_lowers_the_held_out_bound(tide, tmp_path, name):
+    recipe = tide(name, steps=30, learning_rate=3e-3, precision="bf16")
+    outcome = train(recipe, new_run(recipe, tmp_path))
+    fall, std_err = outcome.before.improvement(outcome.after)
+    assert fall > max(0.3, 6 * std_err)
+    entries = [e for e in read_metrics(outcome.folder / "metrics.jsonl") if "loss" in e]
+    for entry in entries:  # the loss is the sum of its terms as they are logged
+        expected = entry["ce"] + 0.7 * entry["kd"] + 0.25 * entry["next_token"]
+        assert entry["loss"] == pytest.approx(expected, rel=1e-4)
+        assert math.isfinite(entry["kd"])
+    first, last = (sum(e["next_token"] for e in part) for part in (entries[:8], entries[-8:]))
+    assert last < 0.95 * first
+    final = load_denoiser(outcome.folder / "final")
+    assert (final.block_size, final.attention) == (4, "context_causal")
+
+
+@pytest.mark.parametrize("name", TIDE[1:])
+def test_runs_with_blocks_resume_to_the_same_bit(tide, tmp_path, monkeypatch, name):
+    recipe = tide(name, steps=8, checkpoint_every=3, eval_every=4, ema_decay=0.9)
+    whole = new_run(recipe, tmp_path / "whole")
+    train(recipe, whole)
+    folder, real = new_run(recipe, tmp_path), trainer.train_step
+
+    def stop(run, step):
+        if step == 5:
+            raise Stopped
+        return real(run, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "train_step", stop)
+        with pytest.raises(Stopped):
+            train(recipe, folder)
+    assert [path.name for path in saved_steps(folder / "checkpoints")] == ["step-000003"]
+    train(recipe, folder)
+    assert weights(folder) == weights(whole)
+    assert numbers(folder) == numbers(whole)
+
+
+@pytest.mark.parametrize("micro_rows", [1, 3])
+@pytest.mark.parametrize("name", TIDE)
+def test_accumulation_with_blocks_changes_nothing(tide, tmp_path, name, micro_rows):
+    results = []
+    for rows in (8, micro_rows):
+        recipe = tide(name, micro_rows=rows, clip=0.0)
+        results.append(gradients_of_a_step(recipe, tmp_path / str(rows)))
+    (metrics, one), (others, other) = results
+    assert metrics["kd"] > 0 or name == "blocks"
+    assert metrics["next_token"] > 0
+    assert_same_gradients(one, other, 1e-5)
+    assert others == pytest.approx(metrics, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["denoised", "chunks"])
+def test_gradient_checkpointing_with_blocks_changes_nothing(tide, tmp_path, name):
+    results = [
+        gradients_of_a_step(tide(name, gradient_checkpointing=on, clip=0.0), tmp_path / str(on))
+        for on in (False, True)
+    ]
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
+    assert_same_gradients(results[0][1], results[1][1], 1e-6)
+
+
+def test_blocks_grow(tide, tmp_path):
+    """1, 2, 4 tokens for two steps each, then 4; copies of a row follow its first ones."""
+    run = new(tide("blocks", steps=9), tmp_path)
+    for step, size in enumerate([1, 1, 2, 2, 4, 4, 4, 4, 4]):
+        (batch,) = trainer.micro_batches(run, step)
+        assert (batch.block_size, batch.copies) == (size, 2)
+        assert batch.x0_BL[:8].equal(batch.x0_BL[8:])
+        assert batch.rows[:8] == batch.rows[8:] == tuple(trainer.step_rows(run, step))
+        blocks = (batch.level_BL[0] != batch.level_BL[0].roll(1)).sum()
+        assert blocks > LENGTH // size / 2
+    full = new(tiny_run.recipe(run.recipe.student.init, run.recipe.data.sources[0]), tmp_path / "2")
+    assert trainer.micro_batches(full, 0)[0].block_size == 0
+
+
+def test_a_full_canvas_step_has_no_next_token_metric(settings, tmp_path):
+    run = new(settings(), tmp_path)
+    assert "next_token" not in train_step(run, 0)
+
+
+@pytest.mark.parametrize("name", ["denoised", "chunks"])
+def test_the_terms_of_a_step_by_hand(tide, tmp_path, name):
+    """Each sum by its own denominator, and targets mixed as far as the training has come."""
+    run = new(tide(name, steps=4, micro_rows=3), tmp_path)
+    run.denoiser.train()
+    for step in range(4):
+        share = 0.1 + 0.8 * (1 - math.cos(math.pi * step / 4)) / 2
+        sums, over = torch.zeros(3), torch.zeros(3)
+        for batch in trainer.micro_batches(run, step):
+            torch.testing.assert_close(batch.share_BL, share * (1 - batch.level_BL))
+            sums += trainer.step_terms(run, batch, 0.7, Measured()).detach()
+            learnt = int(batch.maskable_BL.sum())
+            kd = int(batch.masked_BL.sum())
+            if name == "chunks":
+                chunk_N = batch.chunk_BL[batch.masked_BL]
+                kd = len(chunk_N[chunk_N >= 0].unique())
+            over += torch.tensor([learnt, kd, learnt // batch.copies])
+        metrics = train_step(run, step)
+        found = [metrics[term] for term in ("ce", "kd", "next_token")]
+        assert found == pytest.approx((sums / over).tolist(), rel=1e-4)
+
+
+def test_chunks_reach_the_batches(tide, tmp_path):
+    """Masked together, numbered anew in every micro-batch, and as the teacher numbers them."""
+    run = new(tide("chunks", micro_rows=4), tmp_path)
+    for step in range(3):
+        for batch in trainer.micro_batches(run, step):
+            inside_BL = batch.chunk_BL >= 0
+            assert not (inside_BL & ~batch.maskable_BL).any()
+            for chunk in batch.chunk_BL[inside_BL].unique():
+                assert batch.masked_BL[batch.chunk_BL == chunk].unique().numel() == 1
+            targets = run.ask(batch, run.denoiser)
+            assert len(targets) == batch.kd_denominator > 0
+            assert batch.share_BL is not None
+            found = trainer.step_terms(run, batch, 0.7, Measured())
+            assert found.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "objective", "message"),
+    [
+        ("blocks", {"grow_from": 3}, "does not become the block size 4"),
+        ("denoised", {"tail": "partial"}, "means nothing with target.kind=denoised"),
+        ("chunks", {"noise": "block"}, "objective.noise=row"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_before_a_run(
+    tide, tmp_path, name, objective, message
+):
+    with pytest.raises(ConfigError, match=message):
+        new(tide(name, objective=objective), tmp_path)
+
+
+def test_a_teacher_with_other_tokens_needs_chunks(tide, settings, teachers, tmp_path):
+    recipe = settings(teacher={"model": str(teachers / "foreign")}, target={"kind": "denoised"})
+    with pytest.raises(VocabError, match=r"different tokenizers; set target\.kind=chunks"):
+        new(recipe, tmp_path)
+    recipe = settings(teacher={"model": str(teachers / "ar")}, target={"kind": "denoised"})
+    with pytest.raises(CheckpointError):
+        new(recipe, tmp_path / "2")

@@ -278,20 +278,14 @@ def mask_batch(
     tokens_BL, document_ids_BL, maskable_BL, c_BL = map(
         repeated, (tokens_BL, document_ids_BL, maskable_BL, c_BL)
     )
-    bound = settings.weight == "bound"
-    weight_BL = masked_BL * (weight_BL if bound else 1.0)
+    chunk_BL = None if chunk_BL is None else repeated(chunk_BL)
     distilled_BL, inclusion_BL = _distilled(
         settings, masks, masked_BL, c_BL, lambda name: repeated(draw(name))
     )
-    ce_weight_BL = weight_BL
-    if settings.ce_positions == "rest":
-        # Choosing uniformly never makes a position of the rest count more than kd_positions + 1 times.
-        left_BL = (1 - inclusion_BL).clamp(min=1 / (settings.kd_positions + 1))
-        ce_weight_BL = weight_BL * counted(masked_BL & ~distilled_BL, left_BL)
-    denominator = float((maskable_BL if bound else masked_BL).sum())
-    kd_weight_BL, kd_denominator = weight_BL, denominator
+    ce_weight_BL, kd_weight_BL = _terms(settings, masked_BL, weight_BL, distilled_BL, inclusion_BL)
+    denominator = float((maskable_BL if settings.weight == "bound" else masked_BL).sum())
+    kd_denominator = denominator
     if settings.kd_reduce == "mean_masked":
-        kd_weight_BL = masked_BL.float()
         kd_denominator = float(masked_BL.sum())
         if masks.where in BY_CHUNK and chunk_BL is not None:
             kd_denominator = float(number_of_chunks(chunk_BL[masked_BL]))
@@ -303,7 +297,7 @@ def mask_batch(
         masked_BL=masked_BL,
         distilled_BL=distilled_BL,
         ce_weight_BL=ce_weight_BL,
-        kd_weight_BL=kd_weight_BL * counted(distilled_BL, inclusion_BL),
+        kd_weight_BL=kd_weight_BL,
         level_BL=level_BL,
         denominator=denominator,
         kd_denominator=kd_denominator,
@@ -315,8 +309,26 @@ def mask_batch(
         rows=tuple(rows) * copies,
         copies=copies,
         block_size=block_size,
-        chunk_BL=None if chunk_BL is None else repeated(chunk_BL),
+        chunk_BL=chunk_BL,
     )
+
+
+def _terms(
+    settings: ObjectiveSettings,
+    masked_BL: torch.Tensor,
+    weight_BL: torch.Tensor,
+    distilled_BL: torch.Tensor,
+    inclusion_BL: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, L) what each token counts in the cross-entropy and in distillation."""
+    weight_BL = masked_BL * (weight_BL if settings.weight == "bound" else 1.0)
+    kd_weight_BL = masked_BL.float() if settings.kd_reduce == "mean_masked" else weight_BL
+    ce_weight_BL = weight_BL
+    if settings.ce_positions == "rest":
+        # Choosing uniformly never makes a position of the rest count more than kd_positions + 1 times.
+        left_BL = (1 - inclusion_BL).clamp(min=1 / (settings.kd_positions + 1))
+        ce_weight_BL = weight_BL * counted(masked_BL & ~distilled_BL, left_BL)
+    return ce_weight_BL, kd_weight_BL * counted(distilled_BL, inclusion_BL)
 
 
 def number_of_chunks(chunk_N: torch.Tensor) -> int:
