@@ -56,9 +56,10 @@ def tide(
     seeds. Finished runs are not repeated, so it may be stopped at any time.
     """
     from . import tide as measured
+    from .tide_recipes import TideBench
     from .tide_report import describe, page
 
-    bench_settings = measured.TideBench(layers=layers or None, **settings)
+    bench_settings = TideBench(layers=layers or None, **settings)
     record = measured.run(
         bench_settings, Path(runs), path, lambda text: click.echo(text, err=True), keep=keep
     )

@@ -12,6 +12,7 @@ import torch
 from click.testing import CliRunner
 
 from mdm.benchmarks import tide as bench
+from mdm.benchmarks import tide_recipes as arms_of
 from mdm.benchmarks import tide_report as report
 from mdm.benchmarks.command import bench as commands
 from mdm.checkpoint import load_denoiser, weights_hash
@@ -48,7 +49,7 @@ def place(tmp_path_factory):
 
 
 def small(place, **changes):
-    return bench.TideBench(**{
+    return arms_of.TideBench(**{
         "arms": ARMS, "seeds": (0, 1), "steps": 2, "teacher_steps": 3, "first_steps": 1, "layers": 1,
         "block": 4, "length": 80, "rows": 4, "holes": 3, "tokens": 270, "documents": 20,
         "recipe": str(place / "tiny.yaml"), "assignments": ("train.eval_rows=4",), **changes,
@@ -98,17 +99,20 @@ def refuse(*_arguments, **_options):
 
 def test_a_study_of_the_embedded_model_is_possible():
     """The settings that the command line gives fit together for every arm."""
-    settings = bench.TideBench()
-    assert settings.chosen == (*bench.PIPELINES["shared"].arms, *bench.PIPELINES["cross"].arms)
+    settings = arms_of.TideBench()
+    assert settings.chosen == (
+        *arms_of.PIPELINES["shared"].arms,
+        *arms_of.PIPELINES["cross"].arms,
+    )
     for arm in settings.chosen:
-        recipe = bench.recipe_of(settings, arm, 1)
+        recipe = arms_of.recipe_of(settings, arm, 1)
         assert recipe.student == StudentSettings(init="first")
         train = recipe.train
         assert (train.steps, train.batch_rows, train.seed, train.max_minutes) == (40, 4, 1, 0)
         assert recipe.data.length == 128
         assert recipe.teacher.model == "teacher"
     for name, tokenizer in (("shared", False), ("cross", True)):
-        first = bench.first_recipe(settings, name)
+        first = arms_of.first_recipe(settings, name)
         student = first.student
         assert (student.init, student.layers, student.kind, student.block_size) == (
             "embedded", 6, "bd3lm", 8
@@ -116,13 +120,13 @@ def test_a_study_of_the_embedded_model_is_possible():
         assert (student.tokenizer is not None) == tokenizer
         assert not first.objective.distils
         assert first.train.steps == 100
-        assert first.train.seed not in (*settings.seeds, bench.TEACHER_SEED)
+        assert first.train.seed not in (*settings.seeds, arms_of.TEACHER_SEED)
 
 
 def test_students_can_begin_from_cut_layers():
-    settings = bench.TideBench(first_steps=0)
-    for arm, pipeline in bench.PIPELINE_OF.items():
-        student = bench.recipe_of(settings, arm, 1).student
+    settings = arms_of.TideBench(first_steps=0)
+    for arm, pipeline in arms_of.PIPELINE_OF.items():
+        student = arms_of.recipe_of(settings, arm, 1).student
         assert (student.init, student.layers, student.kind, student.block_size) == (
             "embedded", 6, "bd3lm", 8
         )  # fmt: skip
@@ -131,8 +135,8 @@ def test_students_can_begin_from_cut_layers():
 
 @pytest.mark.parametrize("name", ["shared", "cross"])
 def test_arms_of_a_pipeline_differ_in_the_teaching_alone(name):
-    pipeline = bench.PIPELINES[name]
-    recipes = {arm: bench.recipe_of(bench.TideBench(), arm, 2) for arm in pipeline.arms}
+    pipeline = arms_of.PIPELINES[name]
+    recipes = {arm: arms_of.recipe_of(arms_of.TideBench(), arm, 2) for arm in pipeline.arms}
     for part in ("student", "data", "train", "teacher"):
         assert len({repr(getattr(recipe, part)) for recipe in recipes.values()}) == 1
     own = (
@@ -159,7 +163,7 @@ def test_arms_of_a_pipeline_differ_in_the_teaching_alone(name):
 
 
 def test_what_each_arm_is():
-    recipes = {arm: bench.recipe_of(bench.TideBench(), arm, 0) for arm in bench.PIPELINE_OF}
+    recipes = {arm: arms_of.recipe_of(arms_of.TideBench(), arm, 0) for arm in arms_of.PIPELINE_OF}
     weights = {arm: recipe.mix.weight for arm, recipe in recipes.items()}
     mixed = {"tidal": "midrange", "tidal_comp_demo": "midrange", "calm_tidal": "none",
              "tidal_normalised": "midrange_normalised"}  # fmt: skip
@@ -168,14 +172,14 @@ def test_what_each_arm_is():
         mix = recipe.mix
         wanted = (0.1, 0.9, True, True) if arm in mixed else (1, 1, True, False)
         assert (mix.first, mix.last, mix.by_training, mix.by_noise) == wanted
-        cross = bench.PIPELINE_OF[arm] == "cross"
+        cross = arms_of.PIPELINE_OF[arm] == "cross"
         assert recipe.objective.noise == ("row" if cross else "block")
         assert recipe.target.comp_demo == ("bernoulli" if arm == "tidal_comp_demo" else "")
         if recipe.objective.distils:
             assert recipe.target.kind == ("chunks" if cross else "denoised")
             masks = "chunks_published" if arm == "published_calm" else "chunks"
             assert recipe.masks.where == (masks if cross else "uniform")
-    losses = {arm: recipes[arm].objective.chunk_loss for arm in bench.PIPELINES["cross"].arms}
+    losses = {arm: recipes[arm].objective.chunk_loss for arm in arms_of.PIPELINES["cross"].arms}
     assert [losses[arm] for arm in ("forward_calm", "reverse_calm", "bernoulli_kl", "published_calm",
                                       "calm_tidal")] == [
         "forward_calm", "reverse_calm", "bernoulli_kl", "reverse_calm", "forward_calm"
@@ -183,8 +187,8 @@ def test_what_each_arm_is():
 
 
 def test_controls_come_with_the_arms():
-    assert bench.TideBench(arms=("tidal",)).chosen == ("ce", "tidal")
-    assert bench.TideBench(arms=("bernoulli_kl",)).chosen == (
+    assert arms_of.TideBench(arms=("tidal",)).chosen == ("ce", "tidal")
+    assert arms_of.TideBench(arms=("bernoulli_kl",)).chosen == (
         "ce",
         "ce_cross",
         "ce_chunks",
@@ -193,7 +197,7 @@ def test_controls_come_with_the_arms():
 
 
 def test_settings_reach_the_recipes():
-    settings = bench.TideBench(
+    settings = arms_of.TideBench(
         layers=None,
         block=16,
         length=64,
@@ -201,12 +205,15 @@ def test_settings_reach_the_recipes():
         weight="mean_masked",
         assignments=("train.clip=2",),
     )
-    recipe, first = bench.recipe_of(settings, "kl", 0), bench.first_recipe(settings, "shared")
+    recipe, first = (
+        arms_of.recipe_of(settings, "kl", 0),
+        arms_of.first_recipe(settings, "shared"),
+    )
     assert first.student.layers is None
     assert (first.student.block_size, recipe.data.length) == (16, 64)
     assert (recipe.train.batch_rows, recipe.train.micro_rows, recipe.train.clip) == (3, 3, 2)
     assert recipe.objective.weight == "mean_masked"
-    assert bench.recipe_of(bench.TideBench(), "kl", 0).objective.weight == "bound"
+    assert arms_of.recipe_of(arms_of.TideBench(), "kl", 0).objective.weight == "bound"
 
 
 # --- the runs ------------------------------------------------------------------------------------
@@ -278,7 +285,7 @@ def test_the_teacher_is_made_by_mdm_and_measured_on_the_students_masks(done):
     runs = runs_of(record, "shared")
     assert runs["teacher", 0]["bound"] != runs["teacher", 1]["bound"]
     # The same rows and masks as a student's: by hand, from what lies there.
-    recipe = bench.recipe_of(small(place), "ce", 1)
+    recipe = arms_of.recipe_of(small(place), "ce", 1)
     rows = rows_for(place, denoiser.vocab).held_out
     with torch.no_grad():
         found = bench.held_out_bound(denoiser, rows, num_rows=4, draws=2, batch_rows=4, seed=1)
@@ -417,20 +424,20 @@ def test_a_stopped_teacher_goes_on(done, tmp_path, monkeypatch):
         tokens.append(outcome.tokens)
         return outcome
 
-    monkeypatch.setattr(bench, "TEACHER_SAVED", 2)
+    monkeypatch.setattr(arms_of, "TEACHER_SAVED", 2)
     monkeypatch.setattr(bench, "train", counted)
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "save", stop)
         with pytest.raises(KeyboardInterrupt):
-            bench.trained(bench.teacher_recipe(small(place)), tmp_path, lambda text: None)
+            bench.trained(arms_of.teacher_recipe(small(place)), tmp_path, lambda text: None)
     with monkeypatch.context() as patch:
         patch.setattr(bench, "clean", lambda folder, *parts: None)  # its checkpoint stays
-        found = bench.trained(bench.teacher_recipe(small(place)), tmp_path, lambda text: None)
+        found = bench.trained(arms_of.teacher_recipe(small(place)), tmp_path, lambda text: None)
     assert (found.folder / "checkpoints").exists()
     usual = record["results"]["teacher"]
     assert found.numbers == usual
     (found.folder / "record.jsonl").write_text('{"kind": "tr')
-    again = bench.trained(bench.teacher_recipe(small(place)), tmp_path, lambda text: None)
+    again = bench.trained(arms_of.teacher_recipe(small(place)), tmp_path, lambda text: None)
     assert again.numbers["weights"] == usual["weights"]
     assert 0 < tokens[0] < tokens[1]
 
@@ -480,7 +487,7 @@ def made_up(seeds=2):
     measures = ("bound", "accuracy_low", "exact_1", "exact_2", "exact_3")
     return {
         "kind": "bench tide",
-        "settings": {**asdict(bench.TideBench()), "seeds": [*range(seeds)]},
+        "settings": {**asdict(arms_of.TideBench()), "seeds": [*range(seeds)]},
         "results": {
             "first": {
                 "shared": {
@@ -638,4 +645,4 @@ def test_layers_0_is_all_of_them(tmp_path, monkeypatch):
     for layers in ("0", "3"):
         CliRunner().invoke(commands, ["tide", "--layers", layers])
     assert [settings.layers for settings in seen] == [None, 3]
-    assert seen[0] == replace(bench.TideBench(), layers=None)
+    assert seen[0] == replace(arms_of.TideBench(), layers=None)
