@@ -29,12 +29,13 @@ from mdm.denoiser import Denoiser
 from mdm.errors import ConfigError, check_known, unknown
 from mdm.generate import Generation, Hole, fill
 from mdm.likelihood import Likelihood, LikelihoodSettings, Pair
+from mdm.loading import DTYPES, dtype_of
+from mdm.published import code_hash, has_own_code
 from mdm.sampler import check_blocks
 from mdm.vocab import Vocab, read_vocab
 
 from .responses import key_of
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STUDENT, TEACHER = "student", "teacher"
 
 
@@ -202,7 +203,7 @@ def open_evaluated(source: str, settings: ModelSettings, device: str | None = No
 
     Raises ConfigError if the settings do not go with its blocks, before anything is asked.
     """
-    dtype = DTYPES[settings.dtype]
+    dtype = dtype_of(settings.dtype)
     model: Denoiser | Autoregressive
     if opens_as_denoiser(source):
         model = load_denoiser(source, dtype=dtype)
@@ -228,6 +229,8 @@ def identity_of(model: Denoiser | Autoregressive, source: str, dtype: str) -> di
         "kind": STUDENT if student else TEACHER,
         "weights": source_identity(source),
         "config": key_of(config_hash(model.model.config), ours)[:16],
+        # Of a model that computes with code of its own, which may change while the weights do not.
+        **({"code": code_hash(source)} if has_own_code(source) else {}),
         "vocab": model.vocab.fingerprint[:16],
         "dtype": dtype,
     }

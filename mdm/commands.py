@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+DTYPE_HELP = "float32, bfloat16 or float16."
 MODEL_HELP = "Model folder.  [default: the last finished run in runs/]"
 
 
@@ -20,9 +21,14 @@ MODEL_HELP = "Model folder.  [default: the last finished run in runs/]"
     "--width", default=1.0, show_default=True, help="Fraction of channels and heads kept."
 )
 @click.option("--random", is_flag=True, help="Random weights; SOURCE needs a config only.")
-@click.option("--kind", help="mdlm (full canvas) or bd3lm (block diffusion).  [default: mdlm]")
-@click.option("--block-size", type=int, help="bd3lm: tokens a block.  [default: 4]")
-@click.option("--attention", help="bd3lm: block, context_causal or reordered.  [default: block]")
+@click.option(
+    "--kind",
+    help="mdlm (full canvas) or bd3lm (block diffusion).  [default: mdlm, or as published]",
+)
+@click.option("--block-size", type=int, help="bd3lm: tokens a block.  [default: SOURCE's, or 4]")
+@click.option(
+    "--attention", help="bd3lm: block, context_causal or reordered.  [default: SOURCE's, or block]"
+)
 @click.option("--no-shift", is_flag=True, help="Predict position i from output i, not i-1.")
 @click.option("--tokenizer", help="Give it this tokenizer: a folder.  [default: SOURCE's]")
 @click.option("--mask-token", help="Special token to reuse as mask.  [default: a new one]")
@@ -30,7 +36,7 @@ MODEL_HELP = "Model folder.  [default: the last finished run in runs/]"
 @click.option("--end-token", help="Token that closes a document.  [default: eos]")
 @click.option("--seed", default=0, show_default=True, help="Of --random weights.")
 @click.option("--trust-remote-code", is_flag=True,
-              help="Run the code that comes with a published model that needs it.")  # fmt: skip
+              help="Run the code that comes with a model that needs it.")  # fmt: skip
 def convert(
     source: str,
     output: Path,
@@ -54,7 +60,9 @@ def convert(
     attention and a mask token; it knows its AR ancestor's weights, but not yet how to fill masks.
 
     If SOURCE is a published diffusion model (LLaDA, Dream, SDAR, WeDLM …) it can fill masks already, and
-    is written as published but for --kind, --block-size, --attention, --no-shift and the tokens.
+    is written as published but for --kind, --block-size, --attention, --no-shift and the tokens. If it is
+    a student of ours, --kind, --block-size and --attention change its blocks. Weights that are only copied
+    keep their number type.
 
     \b
     mdm convert embedded --output students/full
@@ -82,7 +90,7 @@ def convert(
         seed=seed,
         trust_remote_code=trust_remote_code,
     )
-    student = run_conversion(settings)
+    student = run_conversion(settings, as_stored=True)
     save_denoiser(student, output)
     config = student.model.config
     millions = sum(parameter.numel() for parameter in student.parameters()) / 1e6
@@ -109,7 +117,8 @@ def blocks_of(student: Any) -> str:
 @click.option("--model", type=click.Path(path_type=Path), help=MODEL_HELP)
 @click.option("--gen-length", default=64, show_default=True, help="New tokens after PROMPT.")
 @click.option("--steps", type=int, help="Denoising steps in total.  [default: one per token]")
-@click.option("--block-length", type=int, help="Tokens decoded together.  [default: all]")
+@click.option("--block-length", type=int,
+              help="Tokens decoded together.  [default: all, or a block of the model]")  # fmt: skip
 @click.option("--temperature", default=0.0, show_default=True, help="Of proposals; 0 = greedy.")
 @click.option("--top-p", default=1.0, show_default=True, help="Nucleus of --temperature; 1 = all.")
 @click.option("--remasking", default="low_confidence", show_default=True,
@@ -126,6 +135,7 @@ def blocks_of(student: Any) -> str:
 @click.option("--num-samples", "-n", default=1, show_default=True, help="Texts to generate.")
 @click.option("--seed", default=0, show_default=True, help="Of --temperature and random remasking.")
 @click.option("--device", help="cpu, cuda, cuda:1 …  [default: the GPU if there is one]")
+@click.option("--dtype", default="float32", show_default=True, help=DTYPE_HELP)
 @click.option("--show", is_flag=True, help="Show the denoising of the first text as it goes.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with all details.")
 def generate(
@@ -140,6 +150,7 @@ def generate(
     num_samples: int,
     seed: int,
     device: str | None,
+    dtype: str,
     show: bool,
     as_json: bool,
     **sampling: Any,
@@ -158,7 +169,7 @@ def generate(
     request = text.request_of(prompt, prefix, suffix, span, gen_length, chat=chat, stop=stop)
     if num_samples < 1:
         raise click.BadParameter("must be at least 1", param_hint="--num-samples")
-    denoiser, path = open_model(model, device)
+    denoiser, path = open_model(model, device, dtype)
     began = time.monotonic()
     with watching(denoiser, show) as watch:
         results = text.generate(denoiser, [request] * num_samples, settings, seed=seed, watch=watch)
@@ -168,6 +179,7 @@ def generate(
             "model": str(path),
             "request": dataclasses.asdict(request),
             "settings": dataclasses.asdict(settings),
+            "dtype": dtype,
             "seed": seed,
             "generations": [dataclasses.asdict(result) for result in results],
             "seconds": seconds,
@@ -181,15 +193,17 @@ def generate(
     click.echo(f"{tokens} tokens, {forwards} forwards, {seconds:.1f} s", err=True)
 
 
-def open_model(model: Path | None, device: str | None) -> tuple[Any, Path]:
+def open_model(model: Path | None, device: str | None, dtype: str = "float32") -> tuple[Any, Path]:
     """The denoiser of --model, or of the last finished run (and say so), on the device."""
     from .checkpoint import load_denoiser
+    from .loading import dtype_of
     from .runs import last_finished
 
+    numbers = dtype_of(dtype)
     if model is None:
         model = last_finished()
         click.echo(f"model: {model} (the last finished run)", err=True)
-    denoiser = load_denoiser(model)
+    denoiser = load_denoiser(model, dtype=numbers)
     to_device(denoiser, device)
     return denoiser, model
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from .attention import BLOCK_ATTENTIONS
+from .attention import BLOCK_ATTENTIONS, FULL
 from .checkpoint import (
     is_denoiser,
     load_ar,
@@ -23,6 +24,8 @@ from .checkpoint import (
     load_denoiser,
     load_tokenizer,
     published_at,
+    read_settings,
+    saved_layout,
     source_path,
     weights_hash,
 )
@@ -30,7 +33,14 @@ from .config import require
 from .denoiser import Denoiser
 from .errors import CheckpointError, ConfigError, VocabError, check_known
 from .new_tokens import give_tokens, set_tokens
-from .published import Published, load_published, published_vocab
+from .published import (
+    Published,
+    code_hash,
+    has_own_code,
+    load_published,
+    published_vocab,
+    stored_dtype,
+)
 from .vocab import Vocab, read_vocab
 
 if TYPE_CHECKING:
@@ -56,9 +66,10 @@ class StudentSettings:
     layers       layers kept; null = all
     width        fraction of channels and heads kept, 0 < width <= 1
     random       true = random weights in the shape of the config; no weights are read
-    kind         "mdlm": every token sees the whole canvas; "bd3lm": block diffusion; null = mdlm
-    block_size   bd3lm: tokens a block; null = 4
-    attention    bd3lm: what blocks see: block, context_causal or reordered; null = block
+    kind         "mdlm": every token sees the whole canvas; "bd3lm": block diffusion; null = as init, or
+                 mdlm if that is an AR model
+    block_size   bd3lm: tokens a block; null = that of init, or 4 if it has no blocks
+    attention    bd3lm: what blocks see: block, context_causal or reordered; null = that of init, or block
     shift        position i is predicted from output i - 1, as in the AR model; false takes it from a
                  published model that has it, true gives it to none
     mask_token   special token of the tokenizer to reuse as mask; null = add a new one
@@ -67,7 +78,8 @@ class StudentSettings:
     start_token  token that opens every document; null = the tokenizer's bos, or its eos
     end_token    token that closes every document; null = the tokenizer's eos
     seed         of random weights
-    trust_remote_code  true = run the code that comes with a published model, if it has no other
+    trust_remote_code  true = run the code that comes with a published model, if it has no other, or with
+                 a student made from one
     """
 
     init: str = "embedded"
@@ -108,20 +120,73 @@ class StudentSettings:
 
     @property
     def blocks(self) -> int | None:
-        """Tokens a block of the student; None if it has none."""
-        return (self.block_size or 4) if self.kind == "bd3lm" else None
+        """Tokens a block of a student made from an AR model; None if it has none."""
+        return layout(self)[0]
 
 
-def convert(settings: StudentSettings) -> Denoiser:
-    """The initial student. Raises CheckpointError, VocabError or ConfigError."""
+def layout(
+    settings: StudentSettings, before: tuple[int | None, str] = (None, FULL)
+) -> tuple[int | None, str]:
+    """(tokens of a block or None, attention) of a student made from one with the layout `before`.
+
+    What the settings do not name stays; where there were no blocks they have 4 tokens and see themselves.
+    """
+    if settings.kind == "mdlm":
+        return None, FULL
+    if settings.kind is None:
+        return before
+    had, saw = before
+    seen = saw if had is not None else "block"
+    return settings.block_size or had or 4, settings.attention or seen
+
+
+def check_settings(settings: StudentSettings) -> None:
+    """Raise ConfigError for settings that mean nothing for what `init` is."""
     if is_denoiser(settings.init):
-        return in_other_blocks(settings)
-    if found := published_at(settings.init):
-        return convert_published(found, settings)
-    require(
-        not settings.trust_remote_code,
-        f"student.trust_remote_code is for published diffusion models; {settings.init} is none",
+        meant = ("init", "kind", "block_size", "attention", "trust_remote_code")
+        if settings != StudentSettings(**{name: getattr(settings, name) for name in meant}):
+            raise _already(settings)
+    elif found := published_at(settings.init):
+        for name, value in AS_IT_IS.items():
+            asked = getattr(settings, name)
+            require(
+                asked == value,
+                f"student.{name}={asked} is for students made from an AR model; {found.source} is a"
+                f" published diffusion model ({found.family.name}), which is taken as it is",
+            )
+    else:
+        require(
+            not settings.trust_remote_code,
+            f"student.trust_remote_code is for published diffusion models; {settings.init} is none",
+        )
+
+
+def _already(settings: StudentSettings) -> ConfigError:
+    return ConfigError(
+        f"{settings.init} is a student already: only kind, block_size and attention can be changed;"
+        " train it further with student.init and no other student settings, or convert the AR model it"
+        " came from"
     )
+
+
+def initial(settings: StudentSettings) -> Denoiser:
+    """The student that training begins with: what `convert` makes, or one that was trained, as it is."""
+    if not is_denoiser(settings.init) or settings.kind is not None:
+        return convert(settings)
+    check_settings(settings)
+    return load_denoiser(settings.init, trust_remote_code=settings.trust_remote_code)
+
+
+def convert(settings: StudentSettings, *, as_stored: bool = False) -> Denoiser:
+    """The initial student, in float32. Raises CheckpointError, VocabError or ConfigError.
+
+    `as_stored`: weights that are only copied, those of a diffusion model, keep their number type.
+    """
+    check_settings(settings)
+    if is_denoiser(settings.init):
+        return in_other_blocks(settings, as_stored=as_stored)
+    if found := published_at(settings.init):
+        return convert_published(found, settings, as_stored=as_stored)
     vocab = student_vocab(settings)
     if settings.random:
         student = random_student(settings, vocab)
@@ -131,35 +196,39 @@ def convert(settings: StudentSettings) -> Denoiser:
             give_tokens(student, read_vocab(load_tokenizer(settings.init)), vocab)
     make_bidirectional(student)
     add_mask_row(student, vocab)
+    block_size, attention = layout(settings)
     return Denoiser(
         student,
         vocab,
         shift=settings.shift,
-        block_size=settings.blocks,
-        attention=settings.attention,
+        block_size=block_size,
+        attention=attention,
         lineage=(lineage_step(settings),),
     ).eval()
 
 
-def in_other_blocks(settings: StudentSettings) -> Denoiser:
-    """A student with its weights, that reads a full canvas or blocks from now on as `kind` says.
+def in_other_blocks(settings: StudentSettings, *, as_stored: bool = False) -> Denoiser:
+    """A student with its weights, that reads a full canvas or blocks from now on as `layout` says.
 
-    Raises ConfigError if nothing, or anything else, is asked of it.
+    Raises ConfigError if nothing is asked of it.
     """
-    layout = {name: getattr(settings, name) for name in ("kind", "block_size", "attention")}
-    if settings.kind is None or settings != StudentSettings(init=settings.init, **layout):
-        raise ConfigError(
-            f"{settings.init} is a student already: only kind, block_size and attention can be changed;"
-            " train it further with student.init, or convert the AR model it came from"
-        )
-    student = load_denoiser(settings.init)
+    if settings.kind is None:
+        raise _already(settings)
+    folder = Path(settings.init).expanduser()
+    block_size, attention = layout(settings, saved_layout(read_settings(folder)))
+    student = load_denoiser(
+        settings.init,
+        dtype=stored_dtype(folder) if as_stored else torch.float32,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    became = {"block_size": block_size, "attention": attention}
     return Denoiser(
         student.model,
         student.vocab,
         shift=student.shift,
-        block_size=settings.blocks,
-        attention=settings.attention,
-        lineage=(*student.lineage, lineage_step(settings)),
+        block_size=block_size,
+        attention=attention,
+        lineage=(*student.lineage, {**lineage_step(settings), **became}),
     ).eval()
 
 
@@ -170,6 +239,7 @@ def lineage_step(settings: StudentSettings) -> dict[str, Any]:
         "step": "convert",
         "from": settings.init,
         "weights": weights_hash(place) if place else None,
+        **({"code": code_hash(place)} if place and has_own_code(place) else {}),
         **{
             field.name: getattr(settings, field.name)
             for field in dataclasses.fields(settings)
@@ -178,21 +248,16 @@ def lineage_step(settings: StudentSettings) -> dict[str, Any]:
     }
 
 
-def convert_published(found: Published, settings: StudentSettings) -> Denoiser:
+def convert_published(
+    found: Published, settings: StudentSettings, *, as_stored: bool = False
+) -> Denoiser:
     """A published diffusion model as a student, ready to be trained or saved.
 
-    Raises ConfigError for settings that only the making of a student from an AR model has, and whatever
-    `load_published` raises.
+    Raises whatever `load_published` raises.
     """
-    for name, value in AS_IT_IS.items():
-        asked = getattr(settings, name)
-        require(
-            asked == value,
-            f"student.{name}={asked} is for students made from an AR model; {found.source} is a published"
-            f" diffusion model ({found.family.name}), which is taken as it is",
-        )
     student = load_published(
         found,
+        dtype=stored_dtype(found.folder) if as_stored else torch.float32,
         kind=settings.kind,
         block_size=settings.block_size,
         attention=settings.attention,

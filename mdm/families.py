@@ -37,6 +37,7 @@ class Family:
     shift       position i is read from output i - 1
     attention   what a token sees, see attention.py
     block_size  tokens of a block if config.json does not say; None = not known, or no blocks
+    told        the files of a checkpoint tell whether it has blocks; if not, the user has to say so
     mask_token  the mask's name in the tokenizer, if neither config.json nor tokenizer says which it is
     native      the config of a `transformers` model that computes the same; None = it has code of its own
     rename      name of a published weight -> its name in that model
@@ -47,6 +48,7 @@ class Family:
     attention: str
     native: Callable[[Config], PretrainedConfig] | None
     block_size: int | None = None
+    told: bool = True
     mask_token: str | None = None
     rename: Callable[[str], str] = lambda name: name
 
@@ -82,12 +84,17 @@ SHARED = (
 def native_config(kind: str, config: Config) -> PretrainedConfig:
     """A bidirectional config of the `transformers` model `kind`, a key of CLASSES.
 
-    Raises CheckpointError if config.json lacks a size, or wants something such a model does not do.
+    Raises CheckpointError if config.json lacks a size, the length or the angles of positions (for which
+    `transformers` has numbers of its own), or wants something such a model does not do.
     """
     from transformers import CONFIG_MAPPING
 
     _require(config, absent={"use_sliding_window": False, "use_mrope": False})
-    missing = [key for key in SHAPE if config.get(key) is None]
+    missing = [key for key in (*SHAPE, "max_position_embeddings") if config.get(key) is None]
+    if config.get("rope_theta") is None and "rope_theta" not in (
+        config.get("rope_parameters") or ()
+    ):
+        missing.append("rope_theta")
     if missing:
         raise CheckpointError(f"config.json does not say {', '.join(missing)}")
     # Without these two, `transformers` has ids of its own; padding would freeze a row of the embeddings.
@@ -207,7 +214,7 @@ FAMILIES = {
     "sdar": Family("SDAR", False, "block", _as("qwen3"), mask_token="<|MASK|>"),
     # MDLM or BD3LM: config.json does not say, and they have the same weights.
     **{
-        f"a2d-{kind}": Family("A2D", False, FULL, _as(kind), mask_token="<|mask|>")
+        f"a2d-{kind}": Family("A2D", False, FULL, _as(kind), told=False, mask_token="<|mask|>")
         for kind in ("llama", "qwen2", "qwen3")
     },
     # 32 is what Tencent/WeDLM trains with (finetune/src/config.py); its decoder's window is 16.

@@ -1,13 +1,37 @@
-"""What every loader of model folders shares: silence, one kind of error, and no missing weight."""
+"""What every loader of model folders shares: names, silence, one kind of error, and no missing weight."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 from collections.abc import Collection, Iterator
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from .errors import CheckpointError, MdmError
+from .errors import CheckpointError, MdmError, check_known
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The number type that a model computes in. Raises ConfigError for a name not in DTYPES."""
+    import torch
+
+    check_known("dtype", name, DTYPES)
+    found = getattr(torch, name)
+    assert isinstance(found, torch.dtype)
+    return found
+
+
+def may_be_hub_name(source: str) -> bool:
+    """Can this be `owner/name` of a hub? Below a folder that is here it is a path, mistyped or not."""
+    path = Path(source)
+    if source.count("/") != 1 or source.startswith((".", "/", "~")) or path.exists():
+        return False
+    return not path.parent.is_dir()
 
 
 @contextlib.contextmanager

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -20,7 +22,7 @@ from .attention import FULL
 from .denoiser import Denoiser
 from .errors import CheckpointError, ConfigError, VocabError
 from .families import Config, Family, read_family
-from .loading import quiet, readable, require_complete
+from .loading import may_be_hub_name, quiet, readable, require_complete
 from .vocab import NEW_MASK_TOKEN, Vocab, read_vocab
 
 if TYPE_CHECKING:
@@ -66,17 +68,25 @@ def recognise(source: str) -> Published | None:
 
 def read_json(source: str, name: str) -> dict[str, Any] | None:
     """A JSON object among the files of a folder or hub name; None if it is missing or damaged."""
-    from transformers.utils.hub import cached_file
-
-    place = Path(source).expanduser()
-    file = place / name
-    if not place.exists():
-        with contextlib.suppress(OSError, ValueError):
-            if source.count("/") == 1 and not source.startswith((".", "/", "~")):
-                file = Path(cached_file(source, name))
+    file = Path(source).expanduser() / name
+    if may_be_hub_name(source):
+        fetched = hub_file(source, name)
+        if fetched is None:
+            return None
+        file = fetched
     with contextlib.suppress(OSError, ValueError):
         value = json.loads(file.read_text(encoding="utf-8"))
         return value if isinstance(value, dict) else None
+    return None
+
+
+@functools.cache
+def hub_file(source: str, name: str) -> Path | None:
+    """A file of a hub name; None if there is none. The hub is asked once, whatever it answers."""
+    from transformers.utils.hub import cached_file
+
+    with contextlib.suppress(OSError, ValueError), quiet():
+        return Path(cached_file(source, name))
     return None
 
 
@@ -96,14 +106,12 @@ def load_published(
     """A published model as a denoiser in eval mode on the CPU; None = as published.
 
     Raises CheckpointError if weights are missing or of no use, or if the model has code of its own that
-    may not be run; VocabError if the mask cannot be found; ConfigError if the size of blocks is not known.
+    may not be run; VocabError if the mask cannot be found; ConfigError if its blocks are not known.
     """
     size, seen = layout_of(found, kind=kind, block_size=block_size, attention=attention)
     native = config_of(found)
     if native is None:
-        model = load_own_code(
-            found.folder, found.source, dtype=dtype, trust_remote_code=trust_remote_code
-        )
+        model = load_own_code(found.source, dtype=dtype, trust_remote_code=trust_remote_code)
     else:
         model = load_native(found, native, dtype)
     vocab = published_vocab(found, mask_token, start_token, end_token)
@@ -131,20 +139,42 @@ def layout_of(
 ) -> tuple[int | None, str]:
     """(tokens of a block or None, attention) as published, unless the user says otherwise.
 
-    `kind` is "mdlm" (no blocks), "bd3lm" or None = as published. Raises ConfigError if a model has
-    blocks and nobody says how many tokens they have.
+    `kind` is "mdlm" (no blocks), "bd3lm" or None = as published. Raises ConfigError if nobody says whether
+    a model has blocks, or how many tokens they have; CheckpointError if config.json says nonsense.
     """
-    config, family = found.config, found.family
+    family = found.family
+    if kind is None and not family.told:
+        command = f"mdm convert {found.source} --output DIR"
+        raise ConfigError(
+            f"the files of {found.source} do not say whether it reads a full canvas or blocks (family"
+            f" {family.name}); convert it with `{command} --kind mdlm`, or `{command} --kind bd3lm"
+            " --block-size N`, or set student.kind to train it"
+        )
     if kind == "mdlm" or (kind is None and family.attention == FULL):
         return None, FULL
-    size = block_size or config.get("block_size") or config.get("block_length") or family.block_size
+    size = block_size or block_size_in(found) or family.block_size
     if size is None:
         raise ConfigError(
             f"{found.source} is of the family {family.name}, and its config.json does not say how many"
             f" tokens its blocks have; convert it with `mdm convert {found.source} --kind bd3lm"
             " --block-size N --output DIR`"
         )
-    return int(size), attention or ("block" if family.attention == FULL else family.attention)
+    return size, attention or ("block" if family.attention == FULL else family.attention)
+
+
+def block_size_in(found: Published) -> int | None:
+    """Tokens of a block by config.json; None if it is silent. Raises CheckpointError for nonsense."""
+    for name in ("block_size", "block_length"):
+        value = found.config.get(name)
+        if value is None:
+            continue
+        if type(value) is int and value >= 1:
+            return value
+        raise CheckpointError(
+            f"config.json of {found.source} has {name}={value!r}, which is no number of tokens; give"
+            " another with `mdm convert --kind bd3lm --block-size N`"
+        )
+    return None
 
 
 # --- weights -------------------------------------------------------------------------------------
@@ -182,10 +212,40 @@ def load_native(found: Published, config: PretrainedConfig, dtype: torch.dtype) 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor in the safetensors files of a folder, in one file or several; read when used.
 
-    Raises CheckpointError if there are none, or fewer files than their index names.
+    Raises what `weight_files` raises, and CheckpointError for a file that is damaged.
     """
     from safetensors import safe_open
 
+    weights = {}
+    with readable(str(folder)):
+        for file in weight_files(folder):
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - it is no mapping
+                    weights[name] = tensors.get_tensor(name)
+    return weights
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The number type of the weights in a folder; float32, which holds them all, if they have several.
+
+    Raises what `read_weights` raises. No weight is read.
+    """
+    from safetensors import safe_open
+
+    names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    found = set()
+    with readable(str(folder)):
+        for file in weight_files(folder):
+            with safe_open(file, framework="pt") as tensors:
+                found |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+    return names.get(found.pop(), torch.float32) if len(found) == 1 else torch.float32
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder.
+
+    Raises CheckpointError if there are none, or fewer files than their index names.
+    """
     files = sorted(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -198,13 +258,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
             f"{folder} has no {missing[0] if missing else 'safetensors file'}; mdm reads weights from"
             " safetensors only"
         )
-    weights = {}
-    with readable(str(folder)):
-        for file in files:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - it is no mapping
-                    weights[name] = tensors.get_tensor(name)
-    return weights
+    return files
 
 
 def has_own_code(folder: str | Path) -> bool:
@@ -215,30 +269,59 @@ def has_own_code(folder: str | Path) -> bool:
     return "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING
 
 
-def load_own_code(
-    folder: Path, source: str, *, dtype: torch.dtype, trust_remote_code: bool
-) -> PreTrainedModel:
-    """A model that comes with its own code, which is run if the user agrees.
+def code_hash(folder: str | Path) -> str:
+    """First 16 hex digits of the SHA-256 of the code that lies in a folder, names and contents."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(folder).expanduser().glob("*.py")):
+        content = hashlib.sha256(file.read_bytes()).hexdigest()
+        digest.update(f"{file.name} {content}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def require_consent(source: str, trust_remote_code: bool) -> None:
+    """Raise CheckpointError unless the code that comes with a model may be run; nothing of it is read.
+
+    The user must agree, and must have been able to read it: it lies in a local folder, all of it.
+    """
+    if not Path(source).expanduser().is_dir():
+        raise CheckpointError(
+            f"{source} comes with its own code, which mdm runs from a local folder only, as a hub can"
+            f" change it any day: `hf download {source} --local-dir DIR`, read the .py files, give DIR"
+        )
+    config = read_json(source, "config.json") or {}
+    # "owner/name--file.Class": transformers would fetch the file from that repository.
+    if "--" in json.dumps(config.get("auto_map")):
+        raise CheckpointError(
+            f"config.json of {source} names code of another repository in its auto_map, which mdm does"
+            " not run; put the .py files into the folder and name them without `owner/name--`"
+        )
+    if not trust_remote_code and os.environ.get(TRUST_VARIABLE) != "1":
+        raise CheckpointError(
+            f"{source} comes with its own code, which mdm runs only if asked: read the .py files, then"
+            " use `mdm convert --trust-remote-code`, student.trust_remote_code or"
+            f" teacher.trust_remote_code of `mdm train`, or set {TRUST_VARIABLE}=1, which holds for every"
+            " command"
+        )
+
+
+def load_own_code(source: str, *, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    """A model that comes with its own code, which is run if `require_consent` finds nothing against it.
 
     Raises CheckpointError otherwise, before anything of it is imported.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    trusted = trust_remote_code or os.environ.get(TRUST_VARIABLE) == "1"
-    if not trusted:
-        raise CheckpointError(
-            f"{source} comes with its own code, which mdm runs only if asked: read the .py files, then"
-            f" use `mdm convert --trust-remote-code`, or set {TRUST_VARIABLE}=1 for the other commands"
-        )
+    require_consent(source, trust_remote_code)
+    folder = Path(source).expanduser()
     with readable(source), quiet():
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
         config.is_causal = False
         config.use_cache = False
         model, loading = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
-            trust_remote_code=trusted,
+            trust_remote_code=True,
             use_safetensors=True,
             output_loading_info=True,
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from .commands import MODEL_HELP
+from .commands import DTYPE_HELP, MODEL_HELP
 
 
 @click.command(short_help="How likely a continuation or a file is.")
@@ -29,6 +29,7 @@ from .commands import MODEL_HELP
 @click.option("--batch-tokens", default=4096, show_default=True, help="Tokens of one forward.")
 @click.option("--seed", default=0, show_default=True, help="Of the masks.")
 @click.option("--device", help="cpu, cuda, cuda:1 …  [default: the GPU if there is one]")
+@click.option("--dtype", default="float32", show_default=True, help=DTYPE_HELP)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with all details.")
 def score(
     context: str | None,
@@ -38,6 +39,7 @@ def score(
     overlap: int,
     model: str | None,
     device: str | None,
+    dtype: str,
     as_json: bool,
     **estimation: Any,
 ) -> None:
@@ -66,7 +68,7 @@ def score(
     settings = LikelihoodSettings(**estimation)
     if (file is None) == (context is None or continuation is None):
         raise ConfigError("give either CONTEXT and CONTINUATION, or --file")
-    opened = open_scored(model, device)
+    opened = open_scored(model, device, dtype)
     if file is None:
         assert context is not None
         assert continuation is not None
@@ -90,6 +92,7 @@ def score(
         "bits_per_byte": bits_per_byte(found, text),
         "model": opened.name,
         "settings": dataclasses.asdict(settings),
+        "dtype": dtype,
         "window": window if file is not None else None,
         "overlap": overlap if file is not None else None,
     }
@@ -115,22 +118,23 @@ class _Opened:
     score: Any
 
 
-def open_scored(model: str | None, device: str | None) -> _Opened:
+def open_scored(model: str | None, device: str | None, dtype: str = "float32") -> _Opened:
     """The student of --model (or of the last finished run), or an AR model."""
     from . import autoregressive, likelihood
     from .checkpoint import load_ar, opens_as_denoiser
     from .commands import open_model, to_device
+    from .loading import dtype_of
     from .vocab import read_vocab
 
     if model is None or opens_as_denoiser(model):
-        denoiser, path = open_model(Path(model) if model else None, device)
+        denoiser, path = open_model(Path(model) if model else None, device, dtype)
 
         def score_student(pairs: Any, settings: Any) -> Any:
             return likelihood.log_likelihood(denoiser, pairs, settings)
 
         vocab = denoiser.vocab
         return _Opened(str(path), vocab, denoiser.max_length, (vocab.start_id,), score_student)
-    network, tokenizer = load_ar(model)
+    network, tokenizer = load_ar(model, dtype=dtype_of(dtype))
     to_device(network, device)
     ar = autoregressive.Autoregressive(network, read_vocab(tokenizer))
 

@@ -84,6 +84,21 @@ def test_a_folder_from_before_block_sizes_is_a_full_canvas(tmp_path):
     assert load_denoiser(tmp_path / "model").block_size is None
 
 
+def test_an_older_mdm_refuses_what_it_would_misread(tmp_path):
+    for attention, number in (("block", 1), ("context_causal", 2), ("reordered", 2)):
+        denoiser = random_student(block_size=4)
+        denoiser.attention = attention
+        save_denoiser(denoiser, tmp_path / attention)
+        assert read_settings(tmp_path / attention)["format"] == number
+        assert load_denoiser(tmp_path / attention).attention == attention
+    save_denoiser(random_student(), tmp_path / "full")
+    assert read_settings(tmp_path / "full")["format"] == 1
+    edit_json("mdm.json", format=1)(tmp_path / "reordered")  # as the first ones were written
+    assert load_denoiser(tmp_path / "reordered").attention == "reordered"
+    edit_json("mdm.json", attention=...)(tmp_path / "block")
+    assert load_denoiser(tmp_path / "block").attention == "block"
+
+
 def test_settings_that_differ_from_the_defaults_come_back(tmp_path):
     ar = tmp_path / "ar"
     tiny_model("llama", 264).save_pretrained(ar)
@@ -190,7 +205,7 @@ DAMAGE = {
     "a list": (lambda f: (f / "mdm.json").write_text("[1, 2]"), "damaged: it must hold end_token"),
     "not text": (lambda f: (f / "mdm.json").write_bytes(b"\xff\xfe"), "mdm.json is damaged: "),
     "missing key": (edit_json("mdm.json", shift=...), "damaged: it must hold end_token, format"),
-    "newer format": (edit_json("mdm.json", format=2), "has format 2; this version .* format 1"),
+    "newer format": (edit_json("mdm.json", format=3), "has format 3; this .* format 1 and 2"),
     "causal": (edit_json("config.json", is_causal=True), "should be bidirectional but is causal"),
 }
 

@@ -172,6 +172,34 @@ def test_generate_json_has_everything(mdm_command, models):
         assert generation["nfe"] <= 8
 
 
+def test_the_number_type_is_a_choice(mdm_command, models):
+    written = ["generate", "def f(", "--gen-length", 4, "--suppress-eos", "--json"]
+    scored = ["score", "ab", "cdefgh", "--mc-samples", 7, "--json"]
+    for words, model in ((written, "student"), (scored, "student"), (scored, "ar")):
+        found = {}
+        for dtype in ("float32", "bfloat16", None):
+            chosen = [] if dtype is None else ["--dtype", dtype]
+            code, out, err = mdm_command(*words, "--model", models / model, *chosen)
+            assert code == 0, err
+            found[dtype] = json.loads(out)
+            assert found[dtype]["dtype"] == (dtype or "float32")
+            found[dtype].pop("seconds", None)
+        assert found[None] == found["float32"]
+        assert found["bfloat16"] != {**found["float32"], "dtype": "bfloat16"}  # rounded
+        code, _, err = mdm_command(*words, "--model", models / model, "--dtype", "bf16")
+        assert code == 2
+        assert "unknown dtype 'bf16'; did you mean" in err
+
+
+def test_help_tells_the_true_defaults(mdm_command):
+    _, out, _ = mdm_command("convert", "--help")
+    said = " ".join(out.split())
+    assert "[default: SOURCE's, or 4]" in said
+    assert "[default: mdlm, or as published]" in said
+    _, out, _ = mdm_command("generate", "--help")
+    assert "[default: all, or a block of the model]" in " ".join(out.split())
+
+
 def test_generate_cuts_at_stop_strings(mdm_command, models):
     arguments = ["def f(", "--model", models / "student", "--gen-length", 6, "--suppress-eos"]
     _, out, _ = mdm_command("generate", *arguments, "--json")

@@ -8,7 +8,7 @@ from tiny import FAMILIES, byte_tokenizer, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, Phi3Config
 
 from mdm.checkpoint import load_ar, save_denoiser, weights_hash
-from mdm.convert import StudentSettings, convert, make_bidirectional, student_config
+from mdm.convert import StudentSettings, convert, initial, make_bidirectional, student_config
 from mdm.errors import CheckpointError, ConfigError, VocabError
 
 TOKENS = 259  # of the byte tokenizer; a new mask token is the 260th
@@ -289,6 +289,32 @@ def test_of_a_student_only_the_blocks_can_be_changed(ar_folder, tmp_path, settin
     save_denoiser(convert(StudentSettings(init=ar_folder("llama"))), tmp_path / "student")
     with pytest.raises(ConfigError, match="only kind, block_size and attention can be changed"):
         convert(StudentSettings(init=str(tmp_path / "student"), **settings))
+
+
+@pytest.mark.parametrize(
+    ("before", "asked", "after"),
+    [
+        ((8, "reordered"), {"block_size": 4}, (4, "reordered")),
+        ((8, "reordered"), {"attention": "block"}, (8, "block")),
+        ((8, "reordered"), {}, (8, "reordered")),
+        ((8, "reordered"), {"block_size": 2, "attention": "context_causal"}, (2, "context_causal")),
+        ((None, "full"), {}, (4, "block")),
+        ((None, "full"), {"block_size": 16}, (16, "block")),
+        ((None, "full"), {"attention": "reordered"}, (4, "reordered")),
+    ],
+)
+def test_what_is_not_named_stays(ar_folder, tmp_path, before, asked, after):
+    size, seen = before
+    blocks = {} if size is None else {"kind": "bd3lm", "block_size": size, "attention": seen}
+    save_denoiser(convert(StudentSettings(init=ar_folder("llama"), **blocks)), tmp_path / "s")
+    settings = StudentSettings(init=str(tmp_path / "s"), kind="bd3lm", **asked)
+    for student in (convert(settings), initial(settings)):
+        assert (student.block_size, student.attention) == after
+        step = student.lineage[-1]
+        assert (step["block_size"], step["attention"]) == after
+    unchanged = initial(StudentSettings(init=str(tmp_path / "s")))
+    assert (unchanged.block_size, unchanged.attention) == before
+    assert len(unchanged.lineage) == 1
 
 
 def test_a_student_gets_blocks_and_loses_them_again(ar_folder, tmp_path):

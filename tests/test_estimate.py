@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -20,7 +21,7 @@ from mdm.train.command import train
 from mdm.train.estimate import describe
 from mdm.train.memory import BYTES, student_bytes, teacher_bytes
 from mdm.train.outlines import config_of_student, outline, student_outline, teacher_outline
-from mdm.train.run import new_run, start
+from mdm.train.run import initial_student, new_run, start
 from mdm.train.sizes import mixture_size, size_of
 from mdm.train.trainer import train_step
 
@@ -333,8 +334,12 @@ def test_configs_alone_are_enough_for_published_models(tmp_path, ar):
     assert "blocks of 32 tokens, attention reordered, fp32" in said
     assert f"not checked: whether it has the student's tokens (no tokenizer in {teacher})" in said
     assert "asked twice a step" in said
-    said = describe(recipe(student, tmp_path, teacher={"model": student}, target=DENOISED))
-    assert "blocks" not in said[said.index("\n\n") :]  # A2D is taken as a full canvas
+    full = config_only(tmp_path / "full", **DREAM)
+    kind = {"kind": "mdlm"}
+    said = describe(
+        recipe(student, tmp_path, student=kind, teacher={"model": full}, target=DENOISED)
+    )
+    assert "blocks" not in said[said.index("\n\n") :]
     # The recipe's own student is an AR model, whose tokenizer is there; the teacher's is not.
     assert "not checked" in describe(recipe(ar, tmp_path, student=BLOCKS, **sections))
 
@@ -399,6 +404,8 @@ def test_what_the_run_would_refuse_is_refused(tmp_path):
     refused(ConfigError, "taken as it is", student, student={"layers": 1})
     sdar = config_only(tmp_path / "sdar", **SDAR)
     refused(ConfigError, "how many tokens its blocks have", sdar)
+    refused(ConfigError, "full canvas or blocks", student)
+    refused(ConfigError, "full canvas or blocks", teacher={"model": student}, target=DENOISED)
     assert student_outline(recipe(sdar, tmp_path, student=BLOCKS)).block_size == 8
 
 
@@ -406,10 +413,27 @@ def test_the_shift_is_that_of_the_run(tmp_path, ar):
     student = config_only(tmp_path / "student", **A2D)
     dream = config_only(tmp_path / "dream", **DREAM)
     for init, shift, found in (
-        *((ar, True, True), (ar, False, False), (student, True, False)),
+        *((ar, True, True), (ar, False, False)),
         *((dream, True, True), (dream, False, False)),
     ):
         assert student_outline(recipe(init, tmp_path, student={"shift": shift})).shift is found
+    assert student_outline(recipe(student, tmp_path, student={"kind": "mdlm"})).shift is False
+
+
+@pytest.mark.parametrize("asked", [{}, {"kind": "mdlm"}, {"kind": "bd3lm", "block_size": 8},
+                                   {"kind": "bd3lm", "attention": "block"}])  # fmt: skip
+def test_a_dry_run_takes_the_students_that_the_run_takes(tmp_path, asked):
+    ar = ar_folder(tmp_path / "ar")
+    blocks = {"kind": "bd3lm", "block_size": 3, "attention": "reordered"}
+    for name, settings in (("full", {}), ("blocks", blocks)):
+        save_denoiser(tiny_denoiser(ar, **settings), tmp_path / name)
+        made = recipe(tmp_path / name, tmp_path, student=asked)
+        outlined, student = student_outline(made), initial_student(made)
+        assert (outlined.block_size, outlined.attention) == (student.block_size, student.attention)
+        wrong = recipe(tmp_path / name, tmp_path, student={**asked, "shift": False})
+        for refuse in (student_outline, initial_student):
+            with pytest.raises(ConfigError, match="only kind, block_size and attention can be"):
+                refuse(wrong)
 
 
 def test_code_that_comes_with_a_model_is_not_run(tmp_path, monkeypatch):
@@ -429,6 +453,18 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path, monkeypatch):
     assert "computing   not known" in unknown
     monkeypatch.setenv("MDM_TRUST_REMOTE_CODE", "1")
     assert said(False) == unknown.replace("trust_remote_code: true", "trust_remote_code: false")
+    monkeypatch.delenv("MDM_TRUST_REMOTE_CODE")
+    shutil.copytree(folder, tmp_path / "ours")
+    settings = {"format": 1, "shift": False, "block_size": 4, "lineage": []}
+    settings |= {"mask_token": "<|mask|>", "start_token": "<|start|>", "end_token": "<|end|>"}
+    (tmp_path / "ours" / "mdm.json").write_text(json.dumps(settings))
+    for init in (folder, tmp_path / "ours"):
+        with pytest.raises(CheckpointError, match="comes with its own code"):
+            student_outline(recipe(init, tmp_path))
+        trusted = {"trust_remote_code": True}
+        assert student_outline(recipe(init, tmp_path, student=trusted)).block_size in (4, 32)
+        trusted |= {"kind": "bd3lm", "block_size": 8}
+        assert student_outline(recipe(init, tmp_path, student=trusted)).block_size == 8
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | EXPERTS))
     known = said(True)

@@ -1,6 +1,7 @@
 """Published layouts: the same logits as the published model has, and nothing run that was not asked for."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -22,6 +23,7 @@ from tiny_published import (
     own_logits,
     own_weights,
     qwen,
+    write_cached_code,
     write_folder,
     write_own_code,
     write_qwens_two_files,
@@ -46,7 +48,8 @@ from mdm.commands import generate as generate_command
 from mdm.convert import StudentSettings, convert, student_vocab
 from mdm.errors import CheckpointError, ConfigError, VocabError
 from mdm.families import FAMILIES
-from mdm.published import TRUST_VARIABLE
+from mdm.likelihood import LikelihoodSettings, Pair, log_likelihood
+from mdm.published import TRUST_VARIABLE, code_hash, hub_file, stored_dtype
 
 LENGTH = 12
 X0 = torch.randint(97, 120, (2, LENGTH), generator=torch.Generator().manual_seed(0))
@@ -141,7 +144,11 @@ def test_renamed_models_see_everything(tmp_path, config, kind, mask, shift):
     weights = model.state_dict()
     if config["tie_word_embeddings"]:
         del weights["lm_head.weight"]
-    denoiser = load_denoiser(write_folder(tmp_path / "dllm", config, weights, mask=mask))
+    folder = write_folder(tmp_path / "dllm", config, weights, mask=mask)
+    told = config["model_type"] in ("Dream", "qwen2")
+    denoiser = (
+        load_denoiser(folder) if told else convert(StudentSettings(init=str(folder), kind="mdlm"))
+    )
     assert (denoiser.shift, denoiser.block_size, denoiser.attention) == (shift, None, "full")
     assert denoiser.mask_id == MASK
     expected_BLV = all_seen(model)
@@ -238,6 +245,61 @@ def test_a2d_has_blocks_if_the_user_says_so(tmp_path):
         convert(StudentSettings(init=str(folder), kind="bd3lm"))
 
 
+def test_a_layout_that_no_file_tells_is_not_guessed(tmp_path):
+    folder = write_folder(tmp_path / "a2d", A2D, qwen("qwen3", A2D).state_dict())
+    text = r"family A2D.*mdm convert .*a2d --output DIR --kind mdlm`.* --kind bd3lm --block-size N`"
+    for load in (load_denoiser, lambda path: convert(StudentSettings(init=str(path)))):
+        with pytest.raises(ConfigError, match=text):
+            load(folder)
+    with pytest.raises(ConfigError, match="do not say whether it reads a full canvas"):
+        run(generate_command, "ab", "--model", folder)
+    run(convert_command, folder, "--kind", "mdlm", "--output", tmp_path / "ours")
+    assert load_denoiser(tmp_path / "ours").block_size is None
+
+
+@pytest.mark.parametrize("value", ["auto", -4, 0, 2.5, True])
+@pytest.mark.parametrize("name", ["block_size", "block_length"])
+def test_a_block_size_that_is_none(tmp_path, name, value):
+    folder = write_folder(
+        tmp_path / "sdar", {**SDAR, name: value}, qwen("qwen3", SDAR).state_dict()
+    )
+    with pytest.raises(
+        CheckpointError, match=rf"config.json of .*sdar has {name}={value!r}, which"
+    ):
+        load_denoiser(folder)
+    student = convert(StudentSettings(init=str(folder), kind="bd3lm", block_size=4))
+    assert student.block_size == 4
+
+
+@pytest.mark.parametrize(
+    "config", [DREAM, SDAR, A2D, WEDLM], ids=lambda config: config["model_type"]
+)
+@pytest.mark.parametrize("field", ["rope_theta", "max_position_embeddings"])
+def test_positions_are_not_left_to_defaults(tmp_path, config, field):
+    weights = qwen("qwen2" if config is DREAM else "qwen3", config).state_dict()
+    folder = write_folder(tmp_path / "model", shuffled(config, **{field: ...}), weights)
+    with pytest.raises(CheckpointError, match=rf"config.json does not say {field}"):
+        load_config(str(folder))
+
+
+def test_angles_may_stand_where_newer_configs_have_them(tmp_path):
+    angles = {"rope_type": "default", "rope_theta": 1000.0}
+    weights = qwen("qwen2", DREAM).state_dict()
+    newer = shuffled(DREAM, rope_theta=..., rope_parameters=angles)
+    one, other = (
+        load_denoiser(write_folder(tmp_path / name, config, weights))
+        for name, config in (("old", DREAM), ("new", newer))
+    )
+    wanted_BL = EVERYWHERE.clone()
+    wanted_BL[:, 0] = False
+    assert torch.equal(full_logits(one, wanted_BL), full_logits(other, wanted_BL))
+    for angles in ({"rope_type": "default"}, None):
+        silent = shuffled(newer, rope_parameters=angles)
+        folder = write_folder(tmp_path / str(angles), silent, weights)
+        with pytest.raises(CheckpointError, match="does not say rope_theta"):
+            load_denoiser(folder)
+
+
 WEDLMS = {
     "Qwen3": (WEDLM, "qwen3"),
     "Qwen2.5": (shuffled(WEDLM, qk_norm=False, attention_bias=True, head_dim=...), "qwen2"),
@@ -285,7 +347,10 @@ def test_code_is_not_run_without_consent(own_code, monkeypatch):
     folder, marker = own_code
     assert is_published(folder)
     assert load_vocab(str(folder)).mask_id == MASK
-    text = r"comes with its own code, .* --trust-remote-code`, or set MDM_TRUST_REMOTE_CODE=1"
+    text = (
+        r"comes with its own code, .* --trust-remote-code`, student.trust_remote_code or"
+        r" teacher.trust_remote_code of `mdm train`, or set MDM_TRUST_REMOTE_CODE=1"
+    )
     for value in ("", "0", "yes"):
         monkeypatch.setenv(TRUST_VARIABLE, value)
         for load in (load_denoiser, lambda path: convert(StudentSettings(init=str(path)))):
@@ -332,6 +397,69 @@ def test_a_model_with_its_own_code(own_code, monkeypatch, tmp_path, consent):
     with pytest.raises(CheckpointError, match="comes with its own code"):
         load_denoiser(tmp_path / "ours")
     assert not marker.exists()
+
+
+def test_code_of_another_repository_is_never_run(own_code, tmp_path, monkeypatch):
+    folder, marker = own_code
+    save_denoiser(load_denoiser(folder, trust_remote_code=True), tmp_path / "ours")
+    marker.unlink()
+    monkeypatch.setenv(TRUST_VARIABLE, "1")
+    calls = []
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *a, **k: calls.append(a))
+    for place in (folder, tmp_path / "ours"):
+        config = json.loads((place / "config.json").read_text())
+        code = {**config["auto_map"], "AutoConfig": "some/other--modeling_own.OwnConfig"}
+        edit_config(auto_map=code)(place)
+        with pytest.raises(
+            CheckpointError, match=r"names code of another repository in its auto_map"
+        ):
+            load_denoiser(place, trust_remote_code=True)
+    assert not calls
+    assert not marker.exists()
+
+
+def test_code_at_a_hub_name_is_not_run(own_code, tmp_path, monkeypatch):
+    folder, marker = own_code
+    hub_of(tmp_path / "hub", folder, monkeypatch)
+    assert is_published("some/model")
+    with pytest.raises(
+        CheckpointError, match=r"local folder only.*hf download some/model --local-dir"
+    ):
+        load_denoiser("some/model", trust_remote_code=True)
+    assert not marker.exists()
+
+
+def test_code_without_a_cache_cannot_read_blocks(own_code, tmp_path):
+    """It would compute something else, or fail in the middle."""
+    silent = convert(StudentSettings(init=str(own_code[0]), kind="bd3lm", block_size=4,
+                                     trust_remote_code=True))  # fmt: skip
+    pairs = [Pair((256, *b"abc"), tuple(b"defgh"))]
+    settings = LikelihoodSettings(mc_samples=15)
+    with pytest.raises(CheckpointError, match=r"OwnForCausalLM .* keeps no DynamicCache"):
+        log_likelihood(silent, pairs, settings)
+    folder = write_cached_code(tmp_path / "cached", tmp_path / "marker")
+    keeps = convert(StudentSettings(init=str(folder), kind="bd3lm", block_size=4,
+                                    trust_remote_code=True))  # fmt: skip
+    assert log_likelihood(keeps, pairs, settings)[0].num_tokens == 5
+
+
+def test_changed_code_is_another_model(own_code):
+    from mdm.eval.models import ModelSettings, identity_of
+
+    folder, _ = own_code
+    denoiser = load_denoiser(folder, trust_remote_code=True)
+    settings = StudentSettings(init=str(folder), trust_remote_code=True)
+    before = identity_of(denoiser, str(folder), ModelSettings().dtype)
+    (step,) = convert(settings).lineage
+    assert step["code"] == before["code"] == code_hash(folder)
+    with open(folder / "modeling_own.py", "a") as stream:
+        stream.write("# another line\n")
+    after = identity_of(denoiser, str(folder), ModelSettings().dtype)
+    assert after["code"] != before["code"]
+    assert {**after, "code": ""} == {**before, "code": ""}
+    assert convert(settings).lineage[0]["code"] == after["code"]
+    (folder / "modeling_own.py").rename(folder / "modeling_other.py")
+    assert code_hash(folder) != after["code"]
 
 
 def test_code_that_is_not_needed_is_not_run_even_with_consent(tmp_path, monkeypatch):
@@ -403,13 +531,45 @@ def test_ours_are_not_published_and_published_are_not_ours(tmp_path):
         load_ar(str(folder))
 
 
-def test_a_hub_name_in_the_layout_of_its_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    place = tmp_path / "models--some--model"
-    write_folder(place / "snapshots" / ("a" * 40), LLADA, llada_weights(LLADA))
+def hub_of(place, folder, monkeypatch):
+    """A cache of the hub in which `folder` is called some/model."""
+    hub_file.cache_clear()
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(place))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(place))
+    place = place / "models--some--model"
+    shutil.copytree(folder, place / "snapshots" / ("a" * 40))
     (place / "refs").mkdir()
     (place / "refs" / "main").write_text("a" * 40)
+
+
+@pytest.fixture(autouse=True)
+def fresh_hub():
+    yield
+    hub_file.cache_clear()
+
+
+def test_the_hub_is_asked_once_and_not_for_a_mistyped_folder(tmp_path, monkeypatch):
+    asked = []
+
+    def offline(source, name, **options):
+        asked.append(source)
+        raise OSError("offline")
+
+    monkeypatch.setattr("transformers.utils.hub.cached_file", offline)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for load in (load_denoiser, load_ar, load_vocab, lambda s: convert(StudentSettings(init=s))):
+        with pytest.raises(CheckpointError, match="no model folder at 'runs/typo'"):
+            load("runs/typo")
+    assert asked == []
+    for _ in range(3):
+        assert not is_published("some/model")
+    assert asked == ["some/model"]
+
+
+def test_a_hub_name_in_the_layout_of_its_cache(tmp_path, monkeypatch):
+    folder = write_folder(tmp_path / "llada", LLADA, llada_weights(LLADA))
+    hub_of(tmp_path / "hub", folder, monkeypatch)
     assert is_published("some/model")
     denoiser = load_denoiser("some/model")
     assert_same(full_logits(denoiser), llada_logits(LLADA, llada_weights(LLADA), XT).flatten(0, 1))
@@ -687,6 +847,27 @@ def test_convert_writes_it_in_our_layout_and_generate_fills(tmp_path):
     )
     assert one == other
     assert one[0]["num_tokens"] == 6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_convert_keeps_the_number_type(tmp_path, dtype):
+    weights = {name: tensor.to(dtype) for name, tensor in llada_weights(LLADA).items()}
+    folder = write_folder(tmp_path / "llada", LLADA, weights, shards=2)
+    run(convert_command, folder, "--output", tmp_path / "ours")
+    blocks = ["--kind", "bd3lm", "--block-size", 4, "--output", tmp_path / "blocks"]
+    run(convert_command, tmp_path / "ours", *blocks)
+    assert [stored_dtype(tmp_path / name) for name in ("ours", "blocks")] == [dtype, dtype]
+    one, other = load_denoiser(folder), load_denoiser(tmp_path / "ours")
+    assert other.model.dtype == torch.float32  # to compute in, unless asked for another
+    assert torch.equal(full_logits(one), full_logits(other))
+    # Training begins in float32.
+    assert convert(StudentSettings(init=str(folder))).model.dtype == torch.float32
+
+
+def test_several_number_types_become_the_widest(tmp_path):
+    weights = llada_weights(LLADA)
+    weights[NORM] = weights[NORM].bfloat16()
+    assert stored_dtype(write_folder(tmp_path / "llada", LLADA, weights)) == torch.float32
 
 
 def test_convert_says_the_blocks(tmp_path):

@@ -2,16 +2,19 @@
 
 import dataclasses
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
 import tiny
+from tiny_published import write_own_code
 from tiny_run import ar_folder, ar_teacher, corpus_folder, recipe
 
-from mdm.errors import ConfigError, DataError, VocabError
+from mdm.checkpoint import load_denoiser, save_denoiser
+from mdm.errors import CheckpointError, ConfigError, DataError, VocabError
 from mdm.fim import template
 from mdm.train.estimate import describe
-from mdm.train.run import new_run, require_classes, start
+from mdm.train.run import initial_student, initial_vocab, new_run, require_classes, start
 from mdm.train.supervision import require_room
 from mdm.vocab import read_vocab
 
@@ -94,3 +97,33 @@ def test_a_run_does_not_start_with_rows_that_do_not_fit_or_have_no_classes(folde
     settings = recipe(*folders, data=nameless, masks={"where": "tilted"})
     with pytest.raises(DataError, match="all tokens are 'other'"):
         start(settings, new_run(settings, tmp_path / "other"))
+
+
+def test_a_student_with_its_own_code_is_trained_further_with_consent(tmp_path, monkeypatch):
+    monkeypatch.delenv("MDM_TRUST_REMOTE_CODE", raising=False)
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
+    )
+    monkeypatch.setattr("sys.path", list(sys.path))
+    before = set(sys.modules)
+    published = write_own_code(tmp_path / "own", tmp_path / "marker")
+    try:
+        ours = tmp_path / "ours"
+        save_denoiser(load_denoiser(published, trust_remote_code=True), ours)
+        with pytest.raises(CheckpointError, match="comes with its own code"):
+            initial_student(recipe(ours, tmp_path))
+        consent = {"trust_remote_code": True}
+        same = initial_student(recipe(ours, tmp_path, student=consent))
+        assert (same.block_size, len(same.lineage)) == (32, 0)
+        blocks = {**consent, "kind": "bd3lm", "block_size": 8}
+        settings = recipe(ours, tmp_path, student=blocks)
+        other = initial_student(settings)
+        assert (other.block_size, other.attention, len(other.lineage)) == (8, "block", 1)
+        assert initial_vocab(settings).fingerprint == other.vocab.fingerprint
+        for student in (same, other):
+            save_denoiser(student, tmp_path / "again")
+            assert load_denoiser(tmp_path / "again", **consent).block_size == student.block_size
+    finally:
+        for name in set(sys.modules) - before:
+            if name.startswith("transformers_modules"):
+                del sys.modules[name]

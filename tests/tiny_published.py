@@ -289,6 +289,19 @@ def write_own_code(folder, marker) -> Path:
     return folder
 
 
+def write_cached_code(folder, marker) -> Path:
+    """The same, which keeps its keys and values in the cache that it is given."""
+    folder = write_own_code(folder, marker)
+    file = folder / "modeling_own.py"
+    text = file.read_text().replace("use_cache=None, **rest):\n        x =", "past_key_values=None,"
+        " **rest):\n        x =")  # fmt: skip
+    kept = "        k, v = past_key_values.update(k, v, 0) if past_key_values is not None else (k, v)\n"
+    head, before, tail = text.partition("        causal = ")
+    assert "past_key_values=None" in text
+    file.write_text(head + kept + before + tail)
+    return folder
+
+
 def own_logits(weights: dict[str, Tensor], x_BL: Tensor, position_BL: Tensor, visible_LL: Tensor):
     """(B, L, V) of OWN_CODE, where query q sees key k if visible_LL[q, k]."""
     x_BLD = weights["model.word_embeddings.weight"][x_BL]

@@ -8,35 +8,29 @@ model is refused here.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-
-from mdm.attention import FULL
 from mdm.checkpoint import (
-    is_denoiser,
     load_config,
     load_vocab,
     opens_as_denoiser,
     published_at,
     read_settings,
+    saved_layout,
 )
-from mdm.config import require
-from mdm.convert import AS_IT_IS, StudentSettings, student_config
+from mdm.convert import StudentSettings, check_settings, layout, student_config
 from mdm.denoiser import max_length
 from mdm.errors import CheckpointError, ConfigError
 from mdm.published import (
-    TRUST_VARIABLE,
     Published,
     config_of,
     has_own_code,
     layout_of,
-    load_own_code,
     read_json,
+    require_consent,
 )
 
 from .recipe import Recipe
@@ -109,24 +103,14 @@ def copies(recipe: Recipe) -> int:
 def student_outline(recipe: Recipe) -> Outline:
     """The student that training begins with. Raises ConfigError or CheckpointError as the run would."""
     settings, rank = recipe.student, recipe.train.lora_rank
-    if is_denoiser(settings.init):
-        if settings != StudentSettings(init=settings.init):
-            raise ConfigError(
-                f"student.init={settings.init} is a student already; the other student settings"
-                " apply to an AR model only: leave them out"
-            )
-        return denoiser_outline(settings.init, rank=rank)
-    if found := published_at(settings.init):
-        require_as_it_is(found, settings)
-        return published_outline(found, settings, trusted=settings.trust_remote_code, rank=rank)
-    require(
-        not settings.trust_remote_code,
-        f"student.trust_remote_code is for published diffusion models; {settings.init} is none",
-    )
+    check_settings(settings)
+    if opens_as_denoiser(settings.init):
+        return denoiser_outline(settings, rank=rank)
+    block_size, attention = layout(settings)
     return dataclasses.replace(
         outline(config_of_student(recipe), rank),
-        block_size=settings.blocks,
-        attention=settings.attention or (FULL if settings.blocks is None else "block"),
+        block_size=block_size,
+        attention=attention,
         shift=settings.shift,
     )
 
@@ -140,7 +124,9 @@ def teacher_outline(recipe: Recipe) -> Outline:
             " target.cache only; name a model"
         )
     if recipe.target.kind in SEES_MASKS:
-        return denoiser_outline(settings.model, trusted=settings.trust_remote_code)
+        return denoiser_outline(
+            StudentSettings(init=settings.model, trust_remote_code=settings.trust_remote_code)
+        )
     if opens_as_denoiser(settings.model):
         raise CheckpointError(
             f"teacher.model={settings.model} is a diffusion model, but target.kind={recipe.target.kind}"
@@ -160,44 +146,32 @@ def config_of_student(recipe: Recipe) -> Any:
     return config
 
 
-def require_as_it_is(found: Published, settings: StudentSettings) -> None:
-    """Raise ConfigError for settings that only the making of a student from an AR model has."""
-    for name, value in AS_IT_IS.items():
-        asked = getattr(settings, name)
-        require(
-            asked == value,
-            f"student.{name}={asked} is for students made from an AR model; {found.source} is a published"
-            f" diffusion model ({found.family.name}), which is taken as it is",
-        )
-
-
 # --- from configs --------------------------------------------------------------------------------
 
 
-def denoiser_outline(source: str, *, trusted: bool = False, rank: int = 0) -> Outline:
-    """A denoiser of ours, or a published one as it was published. Raises as `load_denoiser` would."""
+def denoiser_outline(settings: StudentSettings, *, rank: int = 0) -> Outline:
+    """A denoiser of ours or a published one, with what the settings change in it.
+
+    Raises ConfigError or CheckpointError as loading it would.
+    """
+    source = settings.init
     if found := published_at(source):
-        return published_outline(found, StudentSettings(init=source), trusted=trusted, rank=rank)
-    settings = read_settings(source)
+        return published_outline(found, settings, rank=rank)
+    saved = read_settings(source)
     if has_own_code(source):
-        require_trust(source, trusted)
+        require_consent(source, settings.trust_remote_code)
         known = reckoned(read_json(source, "config.json") or {})
     else:
         known = outline(load_config(source), rank)
-    block_size = settings.get("block_size")
+    block_size, attention = layout(settings, saved_layout(saved))
     return dataclasses.replace(
-        known,
-        block_size=block_size,
-        attention=settings.get("attention") or (FULL if block_size is None else "block"),
-        shift=settings["shift"],
+        known, block_size=block_size, attention=attention, shift=saved["shift"]
     )
 
 
-def published_outline(
-    found: Published, settings: StudentSettings, *, trusted: bool, rank: int
-) -> Outline:
+def published_outline(found: Published, settings: StudentSettings, *, rank: int) -> Outline:
     """A published model, with what the settings change in it."""
-    block_size, seen = layout_of(
+    block_size, attention = layout_of(
         found,
         kind=settings.kind,
         block_size=settings.block_size,
@@ -205,11 +179,11 @@ def published_outline(
     )
     config = config_of(found)
     if config is None:
-        require_trust(found.source, trusted)
+        require_consent(found.source, settings.trust_remote_code)
     return dataclasses.replace(
         reckoned(found.config) if config is None else outline(config, rank),
         block_size=block_size,
-        attention=seen,
+        attention=attention,
         shift=found.family.shift and settings.shift,
     )
 
@@ -247,13 +221,6 @@ def _numbers(config: Any, size: Size | None, longest: int) -> Outline:
         rows=config.vocab_size,
         max_length=longest,
     )
-
-
-def require_trust(source: str, trusted: bool) -> None:
-    """Raise CheckpointError if code that comes with a model may not be run; it is not run here."""
-    if not trusted and os.environ.get(TRUST_VARIABLE) != "1":
-        # It refuses before it touches a file.
-        load_own_code(Path(source), source, dtype=torch.float32, trust_remote_code=False)
 
 
 def has_tokenizer(source: str) -> bool:

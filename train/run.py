@@ -20,9 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mdm.checkpoint import is_denoiser, load_denoiser, load_vocab, save_denoiser, weights_hash
+from mdm.checkpoint import is_denoiser, load_vocab, save_denoiser, weights_hash
 from mdm.config import build, read_yaml, to_tree
-from mdm.convert import StudentSettings, convert, student_vocab
+from mdm.convert import initial, student_vocab
 from mdm.denoiser import Denoiser
 from mdm.errors import CheckpointError, ConfigError, DataError
 from mdm.record import append_record, commit, make_record, peak_rss_bytes
@@ -147,9 +147,7 @@ def start(recipe: Recipe, folder: Path) -> Run:
 
 def initial_student(recipe: Recipe) -> Denoiser:
     """What the recipe starts from: a converted AR model, or a denoiser to train further."""
-    settings = recipe.student
-    further = is_denoiser(settings.init) and settings == StudentSettings(init=settings.init)
-    student = load_denoiser(settings.init) if further else convert(settings)
+    student = initial(recipe.student)
     require_context(recipe, student.max_length, "student")
     return student
 
