@@ -76,7 +76,7 @@ def block_log_prob_steps(
     for answer, mask_RA in zip(answers, masks, strict=True):
         masked_RQ[: len(mask_RA), answer.start - first : answer.stop - first] = mask_RA.to(device)
     log_probs_RQ = torch.zeros(masked_RQ.shape, dtype=torch.float64, device=device)
-    step = max(1, batch_tokens // (len(x0_L) + len(positions_Q)))
+    step = rows_of_forward(batch_tokens, len(x0_L), len(positions_Q))
     for begin in range(0, rows, step):
         part_rQ = masked_RQ[begin : begin + step]
         log_probs_RQ[begin : begin + step] = _noisy_pass(
@@ -91,6 +91,11 @@ def block_log_prob_steps(
             for answer, mask_RA in zip(answers, masks, strict=True)
         ],
     )
+
+
+def rows_of_forward(batch_tokens: int, clean: int, noisy: int) -> int:
+    """Noisy rows of a forward: each has `noisy` tokens and keys of the `clean` ones."""
+    return max(1, batch_tokens // (clean + noisy))
 
 
 def clean_pass(denoiser: Denoiser, x0_L: torch.Tensor) -> tuple[DynamicCache, torch.Tensor]:

@@ -278,8 +278,8 @@ def code_hash(folder: str | Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def require_consent(source: str, trust_remote_code: bool) -> None:
-    """Raise CheckpointError unless the code that comes with a model may be run; nothing of it is read.
+def require_consent(source: str, trust_remote_code: bool) -> bool:
+    """True; raises CheckpointError unless the code that comes with a model may be run. Nothing is read.
 
     The user must agree, and must have been able to read it: it lies in a local folder, all of it.
     """
@@ -302,6 +302,7 @@ def require_consent(source: str, trust_remote_code: bool) -> None:
             f" teacher.trust_remote_code of `mdm train`, or set {TRUST_VARIABLE}=1, which holds for every"
             " command"
         )
+    return True
 
 
 def load_own_code(source: str, *, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
@@ -311,17 +312,17 @@ def load_own_code(source: str, *, dtype: torch.dtype, trust_remote_code: bool) -
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    require_consent(source, trust_remote_code)
+    asked = require_consent(source, trust_remote_code)
     folder = Path(source).expanduser()
     with readable(source), quiet():
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=asked)
         config.is_causal = False
         config.use_cache = False
         model, loading = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
-            trust_remote_code=True,
+            trust_remote_code=asked,
             use_safetensors=True,
             output_loading_info=True,
         )

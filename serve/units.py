@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterator, Sequence
 
 from mdm import autoregressive, likelihood
 from mdm.autoregressive import Autoregressive, DecodingSettings
-from mdm.blocks import answer_blocks
+from mdm.blocks import answer_blocks, rows_of_forward
 from mdm.canvas import Canvas, SamplerSettings
 from mdm.denoiser import CHUNK_BYTES, Denoiser
 from mdm.errors import MdmError
@@ -190,7 +190,8 @@ def _blocks_bytes(
     forward = held = 0
     for pair in pairs:
         total, noisy = len(pair.prompt) + len(pair.answer), _noisy(pair, block_size)
-        rows = min(_masks(pair, settings, block_size), max(1, settings.batch_tokens // noisy))
+        at_once = rows_of_forward(settings.batch_tokens, total, noisy)
+        rows = min(_masks(pair, settings, block_size), at_once)
         held = max(held, sizes.kept_bytes(1, total))
         forward = max(
             forward,
