@@ -352,7 +352,8 @@ class Measured:
 class TargetSettings:
     """Which soft target a teacher computes.
 
-    kind         which estimator, see teachers/kinds.py and docs/targets.md
+    kind         which estimator, see teachers/kinds.py and docs/targets.md; denoised and chunks ask a
+                 diffusion model, see docs/tide.md
     top_k        tokens kept per position
     top_p        nucleus filter at temperature 1; 1 = off
     window       tokens of the right side that are evidence; 0 = to the end of the document. With infill
