@@ -909,7 +909,10 @@ def test_blocks_are_counted_from_the_start_of_the_text():
     assert blocks(replace(FULL, steps=6), HOLES["continue"])[1] == [1, 3, 2]
     assert blocks(replace(FULL, steps=3), HOLES["continue"])[1] == [1, 1, 1]
     sub = replace(FULL, block_length=2)
-    assert blocks(sub, HOLES["continue"]) == ([(3, 4), (4, 6), (6, 8), (8, 10), (10, 11)], [1, 2, 2, 2, 1])
+    assert blocks(sub, HOLES["continue"]) == (
+        [(3, 4), (4, 6), (6, 8), (8, 10), (10, 11)],
+        [1, 2, 2, 2, 1],
+    )
     assert blocks(FULL, [1, MASK, 2, 3, 4, 5, 6, 7, 8, MASK, 9]) == ([(1, 4), (8, 10)], [1, 1])
     with pytest.raises(AssertionError, match="counted from position 0"):
         make_canvas(denoiser, [START, START, MASK], FULL, padding=1)

@@ -287,8 +287,19 @@ def in_two(tmp_path_factory, cases):
 @pytest.mark.parametrize("sharding", ["none", "full"])
 @pytest.mark.parametrize(
     "name",
-    ["untied", "tied", "gemma3", "mapped", "states", "half hidden", "states half hidden", "blocks",
-     "blocks half hidden", "chunks", "chunks half hidden"],
+    [
+        "untied",
+        "tied",
+        "gemma3",
+        "mapped",
+        "states",
+        "half hidden",
+        "states half hidden",
+        "blocks",
+        "blocks half hidden",
+        "chunks",
+        "chunks half hidden",
+    ],
 )
 def test_two_processes_are_as_good_as_one(tmp_path, in_two, cases, name, sharding):
     alone = two_processes.play(tmp_path, "alone", **cases[name])
