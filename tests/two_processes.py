@@ -159,6 +159,7 @@ def main(cases, folder):
                 out = Path(folder) / case["name"]
                 out.with_suffix(".json").write_text(json.dumps(gathered), encoding="utf-8")
                 save_file(tensors, out.with_suffix(".safetensors"))
+        dist.barrier()  # nobody takes the group down while another still writes
 
 
 if __name__ == "__main__":
