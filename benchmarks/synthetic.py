@@ -172,14 +172,19 @@ def student_mask(world: World) -> int:
 def part(
     batch: MaskedBatch, targets: SoftTargets | None, rows: slice
 ) -> tuple[MaskedBatch, SoftTargets | None]:
-    """Some rows of a batch, and their targets."""
+    """Some rows of a batch without copies, and their targets."""
     chosen: dict[str, Any] = {
         field.name: getattr(batch, field.name)[rows]
         for field in dataclasses.fields(batch)
-        if field.name != "denominator"
+        if isinstance(getattr(batch, field.name), torch.Tensor | tuple)
     }
     share = len(chosen["x0_BL"]) / len(batch.x0_BL)  # every row has as many maskable tokens
-    own = dataclasses.replace(batch, **chosen, denominator=batch.denominator * share)
+    own = dataclasses.replace(
+        batch,
+        **chosen,
+        denominator=batch.denominator * share,
+        kd_denominator=batch.kd_denominator * share,
+    )
     if targets is None:
         return own, None
     of_row_N = batch.distilled_BL.nonzero()[:, 0]

@@ -211,13 +211,13 @@ def test_parts_of_a_block_add_up(world, arm):
     targets = bench.targets_of(arm, world, whole, student, SMALL.fills)
     assert (targets is None) == (arm == "ce")
     objective = bench.objective_of(arm)
-    expected_2 = loss_sums(student, whole, targets, objective)
-    found_2, denominator = torch.zeros(2), 0.0
+    expected_3 = loss_sums(student, whole, targets, objective)
+    found_3, denominator = torch.zeros(3), 0.0
     for first in range(0, len(whole.x0_BL), SMALL.rows):
         own = bench.part(whole, targets, slice(first, first + SMALL.rows))
-        found_2 += loss_sums(student, *own, objective).detach()
+        found_3 += loss_sums(student, *own, objective).detach()
         denominator += own[0].denominator
-    torch.testing.assert_close(found_2, expected_2.detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found_3, expected_3.detach(), rtol=1e-4, atol=1e-4)
     assert denominator == pytest.approx(whole.denominator)
 
 
