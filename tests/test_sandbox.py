@@ -875,7 +875,9 @@ def test_an_error_in_the_parent_ends_everything():
 
 
 RUN_AND_WAIT = """
+import signal
 from mdm.eval.sandbox import Check, Limits, run_checks
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 print("go", flush=True)
 run_checks([Check("import time; time.sleep(60)", "")] * 2, Limits(seconds=60), workers=2)
 """

@@ -291,7 +291,7 @@ def test_shapes_are_checked():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("top_k", 0),
+        ("top_k", -1),
         ("top_p", 0.0),
         ("top_p", 1.1),
         ("candidates", 0),

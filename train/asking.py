@@ -10,9 +10,10 @@ import torch
 from mdm.denoiser import Denoiser
 
 from .masking import MaskedBatch
-from .targets import Question, SoftTargets, TargetSettings
+from .targets import HeadTargets, Question, SoftTargets, TargetSettings, refuse_nan
 from .teachers.ar import ARTeacher
 from .teachers.kinds import answer, asks_student
+from .teachers.left import left_whole
 
 
 def soft_targets(
@@ -30,7 +31,22 @@ def soft_targets(
     if asks_student(settings):
         assert student is not None, "this target needs the student"
         proposals = own_distributions(student, batch, max(PROPOSED, settings.student_candidates))
-    question = Question(
+    question = question_of(batch, proposals)
+    with torch.autocast(batch.x0_BL.device.type, enabled=False):
+        return answer(teacher, question, settings=settings, temperature=temperature)
+
+
+def whole_targets(teacher: ARTeacher, batch: MaskedBatch) -> HeadTargets:
+    """The teacher's whole next-token distributions (target.kind=left, top_k=0)."""
+    with torch.autocast(batch.x0_BL.device.type, enabled=False):
+        targets = left_whole(teacher, question_of(batch))
+    refuse_nan(targets)
+    return targets
+
+
+def question_of(batch: MaskedBatch, proposals: SoftTargets | None = None) -> Question:
+    """What a teacher is asked about a batch."""
+    return Question(
         batch.x0_BL,
         batch.masked_BL,
         batch.distilled_BL,
@@ -38,8 +54,6 @@ def soft_targets(
         batch.keys,
         proposals,
     )
-    with torch.autocast(batch.x0_BL.device.type, enabled=False):
-        return answer(teacher, question, settings=settings, temperature=temperature)
 
 
 PROPOSED = 64  # tokens of the student's distribution that are kept

@@ -13,13 +13,14 @@ from .dataset import DataSettings
 from .lambdas import MixSettings
 from .losses import check_tail
 from .objective import ObjectiveSettings
+from .on_policy import OnPolicySettings
 from .placement import BY_CHUNK, MaskSettings
 from .targets import TargetSettings
 from .teachers.denoised import CHUNKS, SEES_MASKS
 from .teachers.foreign import FOREIGN
 from .teachers.kinds import SAMPLED, TARGETS
 
-_UNIFORM, _UNMIXED = MaskSettings(), MixSettings()
+_UNIFORM, _UNMIXED, _OFF = MaskSettings(), MixSettings(), OnPolicySettings()
 
 
 def check_objective(
@@ -27,6 +28,7 @@ def check_objective(
     target: TargetSettings,
     masks: MaskSettings = _UNIFORM,
     mix: MixSettings = _UNMIXED,
+    on_policy: OnPolicySettings = _OFF,
 ) -> None:
     """Settings that are each right but do not fit together: raise ConfigError."""
     check_known("target.kind", target.kind, (*TARGETS, *FOREIGN, *SEES_MASKS))
@@ -45,7 +47,9 @@ def check_objective(
         f"masks.where={masks.where} with target.kind={target.kind}: chunks of two tokenizations are"
         f" masked together ({', '.join(BY_CHUNK)}) where a teacher is asked for them, and only there",
     )
-    if objective.distils:
+    if on_policy.active:
+        _check_on_policy(on_policy, objective, target, mix)
+    if objective.distils or on_policy.active:
         _check_target(objective, target)
         _check_meaningless(objective, target)
         if mix.active and target.kind in ("embedding", *SAMPLED):
@@ -58,6 +62,43 @@ def check_objective(
                 "objective.tail=partial takes a part of the distributions, which cannot be mixed; set"
                 " objective.tail=bucket, or leave mix out"
             )
+
+
+def _check_on_policy(
+    on_policy: OnPolicySettings,
+    objective: ObjectiveSettings,
+    target: TargetSettings,
+    mix: MixSettings,
+) -> None:
+    """What does not go with text of the student's own."""
+    require(
+        target.kind not in (*FOREIGN, CHUNKS) and not target.infill,
+        f"target.kind={target.kind}, infill={target.infill!r} with on_policy.fraction="
+        f"{on_policy.fraction}: rollouts are judged in the tokens they were written in and as they"
+        " stand; set target.kind=left, suffix, smc, student or denoised, without infill",
+    )
+    require(
+        not target.cache,
+        f"target.cache={target.cache} with on_policy.fraction={on_policy.fraction}: nobody has asked the"
+        " teacher about text that is not written yet; leave target.cache out",
+    )
+    pinned = target.kind in ("i_sir", "csmc") or (target.kind == "student" and target.reference)
+    require(
+        not pinned,
+        f"target.kind={target.kind} with on_policy.fraction={on_policy.fraction}: it takes the text's own"
+        " tokens for a draw of the teacher's, and rollouts are the student's; set target.kind=smc, or"
+        " target.kind=student with target.reference=false",
+    )
+    require(
+        not mix.active and mix.weight == MixSettings().weight,
+        f"mix.first={mix.first}, mix.weight={mix.weight} with on_policy.fraction={on_policy.fraction}:"
+        " rollouts have no noise level; leave mix out",
+    )
+    require(
+        not objective.grow_from,
+        f"objective.grow_from={objective.grow_from} with on_policy.fraction={on_policy.fraction}: rollouts"
+        " are written in the blocks the student will have; leave grow_from and grow_steps out",
+    )
 
 
 def _check_target(objective: ObjectiveSettings, target: TargetSettings) -> None:

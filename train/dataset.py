@@ -181,7 +181,8 @@ def _finished(directory: Path, made_from: Mapping[str, Any]) -> PreparedData | N
         data = open_prepared(directory, reused=True)
     except DataError:
         return None
-    return data if data.manifest.get("made_from") == made_from else None
+    complete = "held_out_below" in data.manifest  # not in those of earlier versions
+    return data if complete and data.manifest.get("made_from") == made_from else None
 
 
 def open_prepared(directory: Path, *, reused: bool = True) -> PreparedData:
@@ -229,7 +230,7 @@ def _write(
             + (f", {first.duplicates} duplicates" if first.duplicates else "")
         )
     if not below or all(split.documents for split in first.splits.values()):
-        return first.counts()
+        return {"held_out_below": below, **first.counts()}
     if first.smallest_hash == first.largest_hash:
         raise DataError(
             f"{', '.join(settings.sources)} has one usable document or file, so none can be held out"
@@ -237,4 +238,4 @@ def _write(
         )
     second = Pass(settings, vocab, folder, first.smallest_hash + 1, reader)
     second.run(sources)
-    return second.counts()
+    return {"held_out_below": first.smallest_hash + 1, **second.counts()}

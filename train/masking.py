@@ -57,6 +57,7 @@ class MaskedBatch:
     rows' places in the training data, if they come from there. Of `copies` copies of every row, which
     differ in their masks, the first ones come first. `block_size` is that of this step; 0 = no blocks.
     `chunk_BL` numbers the chunks of two tokenizations; -1 = in none. `share_BL` is λ_t of a mixed target.
+    `own_text` tells rollouts of the student from text of others.
     """
 
     x0_BL: torch.Tensor
@@ -76,6 +77,7 @@ class MaskedBatch:
     block_size: int = 0
     chunk_BL: torch.Tensor | None = None
     share_BL: torch.Tensor | None = None
+    own_text: bool = False
 
     @property
     def x0_bL(self) -> torch.Tensor:
@@ -279,7 +281,7 @@ def mask_batch(
         repeated, (tokens_BL, document_ids_BL, maskable_BL, c_BL)
     )
     chunk_BL = None if chunk_BL is None else repeated(chunk_BL)
-    distilled_BL, inclusion_BL = _distilled(
+    distilled_BL, inclusion_BL = choose_distilled(
         settings, masks, masked_BL, c_BL, lambda name: repeated(draw(name))
     )
     ce_weight_BL, kd_weight_BL = _terms(settings, masked_BL, weight_BL, distilled_BL, inclusion_BL)
@@ -301,11 +303,7 @@ def mask_batch(
         level_BL=level_BL,
         denominator=denominator,
         kd_denominator=kd_denominator,
-        keys=tuple(
-            (seed, step, sample, *([copy] if copy else []))
-            for copy in range(copies)
-            for sample in samples
-        ),
+        keys=row_keys(seed, step, samples, copies),
         rows=tuple(rows) * copies,
         copies=copies,
         block_size=block_size,
@@ -331,6 +329,23 @@ def _terms(
     return ce_weight_BL, kd_weight_BL * counted(distilled_BL, inclusion_BL)
 
 
+def row_keys(
+    seed: int, step: int, samples: Sequence[int], copies: int
+) -> tuple[tuple[int, ...], ...]:
+    """What is random about each row of a batch is a function of its key."""
+    return tuple(
+        (seed, step, sample, *([copy] if copy else []))
+        for copy in range(copies)
+        for sample in samples
+    )
+
+
+def counted_tokens(settings: ObjectiveSettings, batch: MaskedBatch) -> torch.Tensor:
+    """(B, L) bool: tokens whose number is the denominator of distillation."""
+    plain = settings.weight == "mean_masked" or settings.kd_reduce == "mean_masked"
+    return batch.masked_BL if plain else batch.maskable_BL
+
+
 def number_of_chunks(chunk_N: torch.Tensor) -> int:
     """How many chunks these positions lie in."""
     return len(chunk_N[chunk_N >= 0].unique())
@@ -344,7 +359,7 @@ def _other_weight(settings: ObjectiveSettings, noise: Noise, total_G: torch.Tens
     return (total_G + 1) / others_G.clamp(min=1)
 
 
-def _distilled(
+def choose_distilled(
     settings: ObjectiveSettings,
     masks: MaskSettings,
     masked_BL: torch.Tensor,

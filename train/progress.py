@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ class Progress:
         self.path = folder / "metrics.jsonl"
         self.board = open_tensorboard(folder / "tensorboard", first) if active and board else None
         if active:
-            _keep_until(self.path, first)
+            keep_until(self.path, first)
 
     def step(self, step: int, metrics: dict[str, float], seconds: float) -> None:
         """Record a finished step (counted from 1), `seconds` after the first one of the session began."""
@@ -38,8 +39,8 @@ class Progress:
         left = seconds / (step - self.first) * (self.steps - step)
         line = (
             f"step {step}/{self.steps}  loss {metrics['loss']:.3f} (ce {metrics['ce']:.3f}"
-            f" kd {metrics['kd']:.3f})  lr {metrics['learning_rate']:.1e}  {rate:.0f} tok/s"
-            f"  {memory / 2**30:.1f} GiB  ETA {clock(left)}"
+            f" kd {metrics['kd']:.3f}{told_rollouts(metrics)})  lr {metrics['learning_rate']:.1e}"
+            f"  {rate:.0f} tok/s  {memory / 2**30:.1f} GiB  ETA {clock(left)}"
         )
         if self.live:
             print(f"\r{line}\033[K", end="", file=sys.stderr, flush=True)
@@ -76,6 +77,17 @@ class Progress:
                     self.board.add_scalar(name, value, entry["step"])
 
 
+def told_rollouts(metrics: dict[str, float]) -> str:
+    """What is said of rollouts beside the losses; nothing if there are none."""
+    names = {
+        "on_policy": "on-policy",
+        "target_agreed": "agreed",
+        "rollout_tokens_per_forward": "tok/fwd",
+    }
+    told = [f" {name} {metrics[key]:.3f}" for key, name in names.items() if key in metrics]
+    return "".join(told)
+
+
 def open_tensorboard(folder: Path, first: int) -> Any:
     """A TensorBoard writer that hides events after step `first`; ConfigError without the package."""
     try:
@@ -100,8 +112,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def _keep_until(path: Path, step: int) -> None:
+def keep_until(path: Path, step: int) -> None:
     """Drop entries after `step`, all if it is 0: the run writes them again."""
+    if not path.exists():
+        return
     kept = [entry for entry in read_metrics(path) if entry["step"] <= step] if step else []
     draft = path.with_suffix(".draft")
     draft.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
@@ -122,11 +136,12 @@ def plot_loss(metrics: Path, image: Path) -> bool:
     bounds = [e for e in entries if "held_out" in e]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    names = ["loss", "ce", "kd"] if any(e["kd"] for e in steps) else ["loss"]
+    parts = [name for name in ("kd", "on_policy") if any(e.get(name) for e in steps)]
+    names = ["loss", *(["ce", *parts] if parts else [])]
     for name in names:
         axes.plot(
             [e["step"] for e in steps],
-            [e[name] for e in steps],
+            [e.get(name, math.nan) for e in steps],
             label=f"train {name}",
             alpha=1.0 if name == "loss" else 0.5,
         )

@@ -19,6 +19,7 @@ from .checks import check_objective
 from .dataset import DataSettings
 from .lambdas import MixSettings
 from .objective import ObjectiveSettings
+from .on_policy import OnPolicySettings
 from .optimizer import LR_SCHEDULES
 from .placement import MaskSettings, check_masks
 from .targets import TargetSettings
@@ -34,8 +35,8 @@ class TeacherSettings:
     """The teacher: an AR model, or for target.kind=denoised and chunks a diffusion model.
 
     model         AR: folder, .gguf file, hub name or "embedded"; diffusion: a folder of mdm or a published
-                  one. Not loaded if objective.kd_lambda is 0. With target.cache also weights:HASH, where
-                  the weights themselves are not at hand
+                  one. Not loaded if objective.kd_lambda and on_policy.fraction are 0. With target.cache
+                  also weights:HASH, where the weights themselves are not at hand
     dtype         of its weights: bf16 or fp32
     quantization  int8 or nf4: linear layers in 8 or 4 bits (`pip install mdm-code[quant]`); "" = off
     offload       weights stay in CPU memory and go to the device layer by layer: slow, but it fits
@@ -161,6 +162,7 @@ class Recipe:
     objective: ObjectiveSettings = ObjectiveSettings()
     masks: MaskSettings = MaskSettings()
     mix: MixSettings = MixSettings()
+    on_policy: OnPolicySettings = OnPolicySettings()
     train: TrainSettings = TrainSettings()
 
     def __post_init__(self) -> None:
@@ -172,8 +174,8 @@ class Recipe:
             self.data.held_out_fraction > 0,
             "data.held_out_fraction must be above 0: training reports the bound on held-out rows",
         )
-        check_objective(self.objective, self.target, self.masks, self.mix)
-        if self.objective.distils:
+        check_objective(self.objective, self.target, self.masks, self.mix, self.on_policy)
+        if self.distils:
             self._check_teacher()
         check_masks(
             self.masks,
@@ -183,6 +185,11 @@ class Recipe:
             kd_positions=self.objective.kd_positions,
             ce_positions=self.objective.ce_positions,
         )
+
+    @property
+    def distils(self) -> bool:
+        """Is a teacher asked, about the data or about rollouts?"""
+        return self.objective.distils or self.on_policy.active
 
     def _check_teacher(self) -> None:
         kind, teacher = self.target.kind, self.teacher

@@ -1,6 +1,7 @@
 """A run: its folder, and everything a step needs.
 
 runs/<name>/  recipe.yaml  data/  checkpoints/step-…/  metrics.jsonl  loss.png  record.jsonl  final/
+and, of a run that learns from its own text,  prompts/  rollouts/batch-….safetensors  samples.jsonl
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ from .lora import merged, with_adapters
 from .objective import loss_meaning
 from .optimizer import WeightAverage, adamw
 from .progress import plot_loss
+from .prompts import Prompts, write_prompts
 from .recipe import Recipe
+from .rollouts import Rollout
 from .sharding import check_sharding, shared_student, whole_state
 from .state import save_state, saved_steps
 from .supervision import Ask, bind, open_teacher, require_context
@@ -51,12 +54,18 @@ WRITTEN = (
     "loss.png",
     "record.jsonl",
     "tensorboard",
+    "prompts",
+    "rollouts",
+    "samples.jsonl",
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The parts of a run; `module` is the denoiser as it is called in training, wrapped by DDP or not."""
+    """The parts of a run; `module` is the denoiser as it is called in training, wrapped by DDP or not.
+
+    `rollouts` are the batches at hand, by number; the trainer renews them.
+    """
 
     recipe: Recipe
     folder: Path
@@ -66,6 +75,8 @@ class Run:
     data: PreparedData
     optimizer: torch.optim.AdamW
     average: WeightAverage | None
+    prompts: Prompts | None = None
+    rollouts: dict[int, list[Rollout]] = dataclasses.field(default_factory=dict)
 
     @property
     def data_identity(self) -> str:
@@ -127,6 +138,13 @@ def start(recipe: Recipe, folder: Path) -> Run:
             f"train.batch_rows ({settings.batch_rows}) must be a multiple of the number of"
             f" processes ({world})"
         )
+    own = recipe.on_policy.rows(settings.batch_rows)
+    if own % world:
+        raise ConfigError(
+            f"train.batch_rows={settings.batch_rows} with on_policy.fraction="
+            f"{recipe.on_policy.fraction}: {own} rollouts a step cannot be shared out evenly among"
+            f" {world} processes"
+        )
     check_sharding(recipe)
     torch.manual_seed(settings.seed)
     denoiser = with_adapters(initial_student(recipe), settings)
@@ -136,13 +154,20 @@ def start(recipe: Recipe, folder: Path) -> Run:
         denoiser.projection = projection(denoiser, teacher)
     data = prepare_data(recipe, denoiser.vocab, folder, teacher.vocab if teacher else None)
     require_classes(recipe, data)
+    prompts = prepare_prompts(recipe, denoiser.vocab, folder, data)
+    if prompts is not None:
+        longest = {
+            "student": denoiser.max_length,
+            **({"teacher": teacher.max_length} if teacher else {}),
+        }
+        require_rollout_room(recipe, prompts.longest, longest)
     ask = bind(recipe, teacher, denoiser.vocab, data)
     if settings.gradient_checkpointing:
         denoiser.model.activation_checkpointing_enable()
     module = shared_student(denoiser, settings)
     optimizer = adamw(denoiser, weight_decay=settings.weight_decay, betas=settings.betas)
     average = WeightAverage(denoiser, settings.ema_decay) if settings.ema_decay else None
-    return Run(recipe, folder, denoiser, module, ask, data, optimizer, average)
+    return Run(recipe, folder, denoiser, module, ask, data, optimizer, average, prompts)
 
 
 def initial_student(recipe: Recipe) -> Denoiser:
@@ -194,6 +219,36 @@ def prepare_data(
         prepare(recipe.data, vocab, folder / "data", read_by)
     processes.barrier()
     return prepare(recipe.data, vocab, folder / "data", read_by)
+
+
+def prepare_prompts(
+    recipe: Recipe, vocab: Vocab, folder: Path, data: PreparedData
+) -> Prompts | None:
+    """Prompts in the run's folder, which the first process writes; None if there are no rollouts.
+
+    A run that has a checkpoint goes on with those it began with.
+    """
+    settings = recipe.on_policy
+    if not settings.active:
+        return None
+    if processes.rank() == 0 and not saved_steps(folder / "checkpoints"):
+        below = int(data.manifest["held_out_below"])
+        write_prompts(settings, recipe.data, vocab, folder / "prompts", below)
+    processes.barrier()
+    return Prompts(folder / "prompts")
+
+
+def require_rollout_room(recipe: Recipe, prompt: int, longest: dict[str, int]) -> None:
+    """Raise ConfigError if the longest prompt and its rollout do not fit into a model's context."""
+    settings = recipe.on_policy
+    needed = prompt + settings.length + (recipe.student.block_size or 0)
+    for who, length in longest.items():
+        if needed > length:
+            raise ConfigError(
+                f"a prompt of {prompt} tokens and on_policy.length={settings.length} are up to {needed}"
+                f" tokens, but the {who} was built for at most {length}; lower on_policy.length or"
+                " max_prompt_tokens"
+            )
 
 
 def evaluate(run: Run) -> HeldOut:

@@ -48,8 +48,14 @@ HALF = MixedPrecisionPolicy(
 def check_sharding(recipe: Recipe) -> None:
     """Raise ConfigError if the teacher cannot be sharded, or processes would ask it unequally often."""
     target, teacher = recipe.target, recipe.teacher
-    if recipe.train.sharding == "none" or not recipe.objective.distils or target.cache:
+    if recipe.train.sharding == "none" or not recipe.distils or target.cache:
         return
+    if recipe.on_policy.active:
+        raise ConfigError(
+            f"train.sharding=full with on_policy.fraction={recipe.on_policy.fraction}: how often the"
+            " student is called while it writes depends on its text, but a sharded one must be called by"
+            " all processes at once; set train.sharding=none"
+        )
     if teacher.quantization or teacher.offload:
         name = "offload" if teacher.offload else "quantization"
         raise ConfigError(

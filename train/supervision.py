@@ -16,7 +16,7 @@ from mdm.errors import ConfigError
 from mdm.vocab import Vocab
 
 from . import processes
-from .asking import soft_targets
+from .asking import soft_targets, whole_targets
 from .masking import MaskedBatch
 from .sharding import shard_teacher
 from .target_cache import BY_WEIGHTS, cached_answers, check_cacheable
@@ -49,7 +49,7 @@ Ask = Callable[[MaskedBatch, Denoiser | None], Targets]
 
 def needs_teacher(recipe: Recipe) -> bool:
     """Is a teacher's model asked in the course of training?"""
-    return recipe.objective.distils and not recipe.target.cache
+    return recipe.distils and not recipe.target.cache
 
 
 Teacher = ARTeacher | DiffusionTeacher
@@ -58,7 +58,7 @@ Teacher = ARTeacher | DiffusionTeacher
 def open_teacher(recipe: Recipe, vocab: Vocab) -> Teacher | None:
     """The teacher of a student with this vocabulary on this process's device, checked against the
     recipe; None if none is asked."""
-    if recipe.objective.distils and recipe.target.cache:
+    if recipe.distils and recipe.target.cache:
         check_cacheable(recipe)
     if not needs_teacher(recipe):
         return None
@@ -114,7 +114,7 @@ def place(teacher: Teacher, settings: TeacherSettings) -> None:
 def bind(recipe: Recipe, teacher: Teacher | None, vocab: Vocab, data: PreparedData) -> Ask | None:
     """How a step asks for its targets; None if it has none."""
     objective, target = recipe.objective, recipe.target
-    if not objective.distils:
+    if not recipe.distils:
         return None
     if target.cache:
         return cached_answers(recipe, data, len(vocab))
@@ -130,6 +130,8 @@ def bind(recipe: Recipe, teacher: Teacher | None, vocab: Vocab, data: PreparedDa
         return ask_denoised(teacher, target)
 
     def ask(batch: MaskedBatch, student: Denoiser | None) -> Targets:
+        if target.top_k == 0:
+            return whole_targets(teacher, batch)
         return soft_targets(teacher, batch, target, objective.kd_temperature, student)
 
     return ask

@@ -68,6 +68,11 @@ def check_cacheable(recipe: Recipe) -> None:
             f"target.kind={target.kind} has other answers for other masks, so they cannot be cached;"
             f" leave target.cache empty, or set target.kind to one of {', '.join(MASK_FREE)}"
         )
+    if target.top_k == 0:
+        raise ConfigError(
+            "target.top_k=0 keeps whole distributions, which are too large for a cache; set target.top_k"
+            " to 1 or more"
+        )
     if target.infill:
         raise ConfigError(
             f"target.infill={target.infill} shows the teacher the masks' places, so its answers cannot"

@@ -22,6 +22,7 @@ from mdm.fim import FAMILIES
 from . import processes
 
 NOT_KEPT = float("-inf")
+LOOKED_AT = 256  # whole distributions of a micro-batch whose likeliest token is looked for
 FILLS = ("region", "span")
 COMP_DEMOS = ("", "bernoulli", "exact")
 INFILLS = ("psm", "spm", "few_shot")
@@ -276,6 +277,24 @@ def refuse_nan(targets: Targets) -> None:
         )
 
 
+def with_agreement(targets: Targets, tokens_N: torch.Tensor, own_text: bool) -> Targets:
+    """The targets with what they measure of rollouts: is each token, written by the student, the likeliest?
+
+    Unchanged for text of others. Of whole distributions the first few are looked at.
+    """
+    if not own_text or isinstance(targets, (StateTargets, ChunkTargets)) or not len(targets):
+        return targets
+    if isinstance(targets, HeadTargets):
+        with torch.no_grad():
+            likeliest_n = targets.logits(targets.rows_NW[:LOOKED_AT]).argmax(-1)
+        agreed_N = torch.full((len(targets),), float("nan"), device=tokens_N.device)
+        agreed_N[:LOOKED_AT] = (likeliest_n == tokens_N[:LOOKED_AT]).float()
+    else:
+        likeliest_N1 = targets.log_probs_NK.argmax(-1, keepdim=True)
+        agreed_N = (targets.token_ids_NK.gather(1, likeliest_N1)[:, 0] == tokens_N).float()
+    return dataclasses.replace(targets, measures={**targets.measures, "agreed": agreed_N})
+
+
 def no_targets(device: torch.device, temperature: float, conditioned_on: str) -> SoftTargets:
     """The answer to a question that asks for nothing."""
     ids_NK = torch.empty(0, 1, dtype=torch.long, device=device)
@@ -320,6 +339,7 @@ MEASURES = {
     "dropped": "posterior mass that candidates had when they were dropped: expected error of pruning",
     "answered": "1 where the teacher, which has another tokenizer, has a counterpart of the position",
     "lost": "its probability of tokens that the student cannot write, before renormalisation",
+    "agreed": "on rollouts: 1 where the student's own token is the likeliest",
     "fell_back": "1 where every fill was impossible and the left-only target stands in, else 0",
 }
 
@@ -354,7 +374,8 @@ class TargetSettings:
 
     kind         which estimator, see teachers/kinds.py and docs/targets.md; denoised and chunks ask a
                  diffusion model, see docs/tide.md
-    top_k        tokens kept per position
+    top_k        tokens kept per position; left: 0 = the whole distribution, as the input of the
+                 teacher's head
     top_p        nucleus filter at temperature 1; 1 = off
     window       tokens of the right side that are evidence; 0 = to the end of the document. With infill
                  all of it is in the prompt
@@ -401,7 +422,14 @@ class TargetSettings:
     comp_demo_share: float = 0.5
 
     def __post_init__(self) -> None:
-        require(self.top_k >= 1, f"target.top_k must be at least 1; got {self.top_k}")
+        require(self.top_k >= 0, f"target.top_k must be >= 0; got {self.top_k}")
+        whole = self.kind == "left" and self.top_p == 1 and not (self.infill or self.cache)
+        require(
+            self.top_k >= 1 or whole,
+            f"target.top_k=0 (the whole distribution) with kind={self.kind}, top_p={self.top_p},"
+            f" infill={self.infill!r}, cache={self.cache!r}: only target.kind=left keeps all of it, without"
+            " these; set target.top_k to 1 or more",
+        )
         require(0 < self.top_p <= 1, f"target.top_p must be in (0, 1]; got {self.top_p}")
         for name in ("candidates", "fills", "branch_tokens"):
             value = getattr(self, name)

@@ -21,19 +21,19 @@ from torch.nn.parallel import DistributedDataParallel
 from mdm.errors import ConfigError, TrainingError
 
 from . import processes
+from .batches import SAMPLES, micro_batches, renew_rollouts, shares, step_rows
 from .loss_sums import loss_sums, next_tokens
-from .masking import MaskedBatch, block_size_at, mask_batch
-from .objective import loss_meaning, term_weights, with_mix
+from .masking import MaskedBatch
+from .objective import loss_meaning, term_weights
 from .optimizer import lr_factor
-from .placement import BY_CHUNK
-from .progress import Progress, read_metrics
-from .readings import chunks
+from .progress import Progress, keep_until, read_metrics
 from .recipe import Recipe
-from .rows import sample_indices
 from .run import Outcome, Run, evaluate, evaluate_before, finish, precision, save, start
 from .sharding import clip_gradients
 from .state import load_state, saved_steps
-from .targets import Measured
+from .targets import Measured, with_agreement
+
+SMALLEST = 1e-6  # of a denominator; with reduce=rollout and few rows it may be below 1
 
 
 def train(recipe: Recipe, folder: Path) -> Outcome:
@@ -57,7 +57,10 @@ def train(recipe: Recipe, folder: Path) -> Outcome:
         active=processes.rank() == 0,
         board=settings.tensorboard,
     )
-    progress.say(f"the loss is {loss_meaning(recipe.objective, recipe.masks)}")
+    if processes.rank() == 0:
+        keep_until(folder / SAMPLES, step)
+    for line in told_loss(recipe, len(run.prompts or ())):
+        progress.say(line)
     before = evaluate_before(run, step)
     if step == 0:
         progress.evaluation(0, before.summary())
@@ -97,30 +100,33 @@ def train(recipe: Recipe, folder: Path) -> Outcome:
 
 def train_step(run: Run, step: int) -> dict[str, float]:
     """One optimizer step (0-based). Returns the metrics, tokens among them."""
-    settings = run.recipe.train
-    device = run.denoiser.device
+    settings, device = run.recipe.train, run.denoiser.device
+    written = renew_rollouts(run, step)
     batches = micro_batches(run, step)
-    own_4 = torch.tensor(
-        [[b.denominator, b.kd_denominator, next_tokens(b), b.num_tokens] for b in batches]
-    )
-    *denominators, tokens = processes.total(own_4.double().sum(0).to(device)).tolist()
-    over_3 = torch.tensor(denominators, device=device).clamp(min=1.0)
-    weights = term_weights(run.recipe.objective, step, teacher=run.ask is not None)
-    weight_3 = torch.tensor(weights, device=device)
-    sums_3, measured = torch.zeros(3, device=device), Measured()
+    weights = text_weights(run, step)
+    weight_S3 = torch.tensor(weights, device=device)
+    own_S4 = torch.zeros(len(weights), 4, dtype=torch.float64)
+    for batch in batches:
+        counts = [batch.denominator, batch.kd_denominator, next_tokens(batch), batch.num_tokens]
+        own_S4[int(batch.own_text)] += torch.tensor(counts)
+    total_S4 = processes.total(own_S4.to(device))
+    over_S3 = total_S4[:, :3].float().clamp(min=SMALLEST)
+    sums_S3, measured = torch.zeros_like(over_S3), Measured()
     for index, batch in enumerate(batches):
+        source = int(batch.own_text)
         with synchronising(run.module, last=index == len(batches) - 1):
             with precision(run):
-                terms_3 = step_terms(run, batch.to(device), weights[1], measured)
+                terms_3 = step_terms(run, batch.to(device), weights[source][1], measured)
             # DDP averages gradients over processes; the objective is a sum over them.
-            loss = (weight_3 * terms_3 / over_3).sum() * processes.world_size()
+            loss = (weight_S3[source] * terms_3 / over_S3[source]).sum() * processes.world_size()
             loss.backward()
-        sums_3 += terms_3.detach()
-    found_3 = processes.total(sums_3) / over_3
-    ce, kd, following = found_3.tolist()
+        sums_S3[source] += terms_3.detach()
+    found_S3 = processes.total(sums_S3) / over_S3
+    (ce, kd, following), (_, on_policy, _) = found_S3.tolist()
     norm = clip_gradients(run.denoiser.parameters(), settings.clip)
-    if not math.isfinite(ce + kd + following + norm):
-        diverged(run, step, f"ce {ce:g}, kd {kd:g}, gradient norm {norm:g}")
+    if not math.isfinite(float(found_S3.sum()) + norm):
+        numbers = f"ce {ce:g}, kd {kd:g}, gradient norm {norm:g}"
+        diverged(run, step, numbers + (f", on_policy {on_policy:g}" if weights[1][1] else ""))
     rate = settings.learning_rate * lr_factor(
         settings.lr_schedule,
         step,
@@ -136,16 +142,44 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     if run.average is not None:
         run.average.update(run.denoiser, step)
     return {
-        "loss": float((weight_3 * found_3).sum()),
+        "loss": float((weight_S3 * found_S3).sum()),
         "ce": ce,
         "kd": kd,
-        "kd_lambda": weights[1],
-        **({"next_token": following} if weights[2] else {}),
+        "kd_lambda": weights[0][1],
+        **({"next_token": following} if weights[0][2] else {}),
+        **({"on_policy": on_policy} if weights[1][1] else {}),
         "gradient_norm": norm,
         "learning_rate": rate,
-        "tokens": tokens,
+        "tokens": float(total_S4[:, 3].sum()),
         **measured.means(device),
+        **written,
     }
+
+
+def text_weights(run: Run, step: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Weights of the terms (cross-entropy, distillation, next token) of the data, and of rollouts."""
+    recipe = run.recipe
+    data, own = shares(recipe, step)
+    share = own / (data + own)
+    of_data = term_weights(recipe.objective, step, teacher=run.ask is not None)
+    return tuple((1 - share) * weight for weight in of_data), (0.0, share, 0.0)
+
+
+def told_loss(recipe: Recipe, prompts: int) -> list[str]:
+    """What a step learns from, in words for the log."""
+    data, own = shares(recipe, recipe.train.steps)
+    start = recipe.on_policy.start_step if own else 0
+    lines = []
+    if data or start:
+        lines.append(f"the loss is {loss_meaning(recipe.objective, recipe.masks)}")
+    if own:
+        later = f"after {start} steps, " if start else ""
+        lines.append(
+            f"{later}of {data + own} rows a step {own} are rollouts of the student, from {prompts} prompts;"
+            f" {recipe.on_policy.steps_per_batch} steps learn from a batch of them. Their loss is the"
+            " teacher's divergence alone, no likelihood bound"
+        )
+    return lines
 
 
 def step_terms(run: Run, batch: MaskedBatch, share: float, measured: Measured) -> torch.Tensor:
@@ -153,58 +187,8 @@ def step_terms(run: Run, batch: MaskedBatch, share: float, measured: Measured) -
     objective, targets = run.recipe.objective, None
     if run.ask is not None and share > 0:
         targets = run.ask(batch, run.denoiser)
-        measured.add(targets)
+        measured.add(with_agreement(targets, batch.x0_BL[batch.distilled_BL], batch.own_text))
     return loss_sums(run.module, batch, targets, objective, run.denoiser.projection)
-
-
-def step_rows(run: Run, step: int) -> list[int]:
-    """The training rows of a step, over all processes."""
-    count = run.recipe.train.batch_rows
-    rows = sample_indices(len(run.data.train), run.recipe.train.seed, step * count, count)
-    return [int(row) for row in rows]
-
-
-def micro_batches(run: Run, step: int) -> list[MaskedBatch]:
-    """This process's share of the rows of a step, masked, in micro-batches."""
-    recipe, rows = run.recipe, step_rows(run, step)
-    settings = recipe.train
-    mine = range(processes.rank(), settings.batch_rows, processes.world_size())
-    batches = []
-    for first in range(0, len(mine), settings.micro_rows):
-        samples = list(mine[first : first + settings.micro_rows])
-        chosen = [rows[sample] for sample in samples]
-        data = run.data.train.batch(chosen)
-        batch = mask_batch(
-            recipe.objective,
-            *data,
-            masks=recipe.masks,
-            mask_id=run.denoiser.mask_id,
-            seed=settings.seed,
-            step=step,
-            samples=samples,
-            samples_per_step=settings.batch_rows,
-            rows=chosen,
-            block_size=block_size(run, step),
-            chunk_BL=chunks_of(run, chosen, data.document_ids_BL),
-        )
-        batches.append(with_mix(batch, recipe.mix, step / settings.steps))
-    return batches
-
-
-def block_size(run: Run, step: int) -> int:
-    """Tokens a block at a step; 0 if the student has none."""
-    final, objective = run.denoiser.block_size, run.recipe.objective
-    if final is None:
-        return 0
-    return block_size_at(final, objective.grow_from, objective.grow_steps, step)
-
-
-def chunks_of(run: Run, rows: list[int], document_ids_BL: torch.Tensor) -> torch.Tensor | None:
-    """(B, L) the chunks of rows that are masked by chunk; None if they are not."""
-    if run.recipe.masks.where not in BY_CHUNK:
-        return None
-    assert run.data.readings is not None, "the rows were read by the teacher"
-    return chunks(run.data.readings.batch(rows), document_ids_BL)[0]
 
 
 def diverged(run: Run, step: int, numbers: str) -> NoReturn:

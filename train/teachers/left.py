@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from ..targets import Question, SoftTargets, TargetSettings, keep_top
+from ..targets import HeadTargets, Question, SoftTargets, TargetSettings, keep_top
 from .ar import ARTeacher
 from .chunks import in_chunks
 
@@ -31,3 +31,15 @@ def left_only(
 
     ids_NK, log_probs_NK, tail_N = in_chunks(target, teacher.num_tokens, rows_ND)
     return SoftTargets(ids_NK, log_probs_NK, tail_N, temperature, "left")
+
+
+@torch.no_grad()
+def left_whole(teacher: ARTeacher, question: Question) -> HeadTargets:
+    """The same, all of it: as inputs of the teacher's head, which is called in its own precision."""
+
+    def logits(rows_nD: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(rows_nD.device.type, enabled=False):
+            return teacher.head(rows_nD)
+
+    rows_ND = teacher.rows(question.x0_BL, question.wanted_BL, question.document_ids_BL)
+    return HeadTargets(rows_ND, logits, "left")
