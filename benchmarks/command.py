@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
+from .on_policy_command import on_policy
 from .study_command import study
 from .tide_command import tide
 from .tokenizers_command import tokenizers
@@ -302,6 +303,7 @@ def _numbers(option: str, text: str, kind: Callable[[str], Number]) -> tuple[Num
         ) from error
 
 
+bench.add_command(on_policy)
 bench.add_command(study)
 bench.add_command(tide)
 bench.add_command(tokenizers)
