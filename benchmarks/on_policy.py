@@ -82,9 +82,7 @@ ARMS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
 }
 BASE = (
-    "student.init=embedded",
     "student.kind=bd3lm",
-    "teacher.model=embedded",
     "objective.masking=exact",
     "objective.noise=block",
     "objective.weight=mean_masked",
@@ -102,8 +100,12 @@ BASE = (
 
 @dataclasses.dataclass(frozen=True)
 class OnPolicyBench:
-    """What is measured; see `mdm bench on-policy --help`. `arms` empty = all of them."""
+    """What is measured; see `mdm bench on-policy --help`. `arms` empty = all of them.
 
+    `model` is the AR model that all students begin as, and their teacher.
+    """
+
+    model: str = "embedded"
     arms: tuple[str, ...] = ()
     blocks: tuple[int, ...] = (4, 8, 16)
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -209,22 +211,28 @@ class Texts:
 
 def made_texts(settings: OnPolicyBench, runs: Path, say: Callable[[str], None]) -> Texts:
     """The prompts with what follows them in the corpus, and with what the teacher writes; made once."""
-    base = read_recipe(settings.recipe, BASE)
-    asked = [settings.prompt_tokens, settings.length, settings.documents, base.data.sources]
+    base = read_recipe(settings.recipe, (*BASE, *settings.assignments))
+    asked = [
+        settings.model,
+        settings.prompt_tokens,
+        settings.length,
+        settings.documents,
+        base.data.sources,
+    ]
     folder = runs / f"text-{short_hash(asked)}"
     numbers = folder / "numbers.json"
     if not numbers.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         say(f"text of the teacher behind {settings.documents} prompts …")
         rows = write_corpus(settings, base.data, folder / CORPUS)
-        found = {**write_teacher_text(settings, folder, base.teacher.model), "corpus_rows": rows}
+        found = {**write_teacher_text(settings, folder), "corpus_rows": rows}
         numbers.write_text(to_json(found), encoding="utf-8")
     return Texts(folder, json.loads(numbers.read_text(encoding="utf-8")))
 
 
 def write_corpus(settings: OnPolicyBench, data: DataSettings, path: Path) -> int:
     """Beginnings of documents as prompt and response; how many."""
-    vocab = load_vocab("embedded")
+    vocab = load_vocab(settings.model)
     sources = [open_source(name, data.extensions, data.max_file_kib) for name in data.sources]
     rows = 0
     with open(path, "w", encoding="utf-8") as file:
@@ -245,8 +253,9 @@ def write_corpus(settings: OnPolicyBench, data: DataSettings, path: Path) -> int
     return rows
 
 
-def write_teacher_text(settings: OnPolicyBench, folder: Path, model: str) -> dict[str, Any]:
+def write_teacher_text(settings: OnPolicyBench, folder: Path) -> dict[str, Any]:
     """The teacher's continuations of the same prompts."""
+    model = settings.model
     ar = autoregressive(model)
     source = open_source(str(folder / CORPUS), (".py",), 1024)
     text = TextSettings(
@@ -279,9 +288,10 @@ def recipe_of(settings: OnPolicyBench, arm: str, block: int, seed: int) -> Recip
         (
             *BASE,
             f"name={arm}-block{block}-seed{seed}",
+            f"student.init={settings.model}",
+            f"teacher.model={settings.model}",
             f"student.block_size={block}",
             f"target.block={block}",
-            f"data.sources=[{source}]",
             f"data.length={total}",
             f"data.eos_block={block}",
             f"train.seed={seed}",
@@ -293,6 +303,7 @@ def recipe_of(settings: OnPolicyBench, arm: str, block: int, seed: int) -> Recip
             f"on_policy.prompt_tokens={settings.prompt_tokens}",
             f"on_policy.steps_per_batch={settings.steps_per_batch}",
             *settings.assignments,
+            f"data.sources=[{source}]",
             *own,
         ),
     )

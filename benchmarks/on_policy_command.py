@@ -27,6 +27,8 @@ def _shares(context: click.Context, option: click.Parameter, value: str) -> tupl
 
 
 @click.command("on-policy")
+@click.option("--model", default="embedded", show_default=True,
+              help="AR model that students begin as, and their teacher.")  # fmt: skip
 @click.option("--arms", default="", callback=_parts,
               help="Names, like off_policy,on_policy; ce_corpus comes along.  [default: all]")  # fmt: skip
 @click.option("--blocks", default="4,8,16", show_default=True, callback=_numbers,

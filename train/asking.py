@@ -53,6 +53,7 @@ def question_of(batch: MaskedBatch, proposals: SoftTargets | None = None) -> Que
         batch.document_ids_BL,
         batch.keys,
         proposals,
+        batch.copies,
     )
 
 

@@ -39,6 +39,7 @@ class Question:
     keys             one for each row: what is random in an answer is a function of the row's key
     proposals        the student's own distributions at the masked positions (row-major, M rows, at
                      temperature 1, made from xt alone); None if the student was not asked
+    copies           of every clean row, which differ in their masks; the first ones come first
     """
 
     x0_BL: torch.Tensor
@@ -47,6 +48,7 @@ class Question:
     document_ids_BL: torch.Tensor
     keys: tuple[tuple[int, ...], ...]
     proposals: SoftTargets | None = None
+    copies: int = 1
 
     def __post_init__(self) -> None:
         assert not bool((self.wanted_BL & ~self.masked_BL).any()), "only masks have a target"

@@ -18,7 +18,7 @@ def left_only(
     teacher: ARTeacher, question: Question, *, settings: TargetSettings, temperature: float
 ) -> SoftTargets:
     """The teacher's next-token distribution at every wanted position."""
-    rows_ND = teacher.rows(question.x0_BL, question.wanted_BL, question.document_ids_BL)
+    rows_ND = rows_asked(teacher, question)
 
     def target(rows_nD: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return keep_top(
@@ -41,5 +41,13 @@ def left_whole(teacher: ARTeacher, question: Question) -> HeadTargets:
         with torch.autocast(rows_nD.device.type, enabled=False):
             return teacher.head(rows_nD)
 
-    rows_ND = teacher.rows(question.x0_BL, question.wanted_BL, question.document_ids_BL)
-    return HeadTargets(rows_ND, logits, "left")
+    return HeadTargets(rows_asked(teacher, question), logits, "left")
+
+
+def rows_asked(teacher: ARTeacher, question: Question) -> torch.Tensor:
+    """(N, D) head inputs for the wanted positions; copies of a row are read once, masks do not matter."""
+    rows = len(question.x0_BL) // question.copies
+    needed_bL = question.wanted_BL.view(question.copies, rows, -1).any(0)
+    found_MD = teacher.rows(question.x0_BL[:rows], needed_bL, question.document_ids_BL[:rows])
+    number_bL = needed_bL.flatten().cumsum(0).view_as(needed_bL) - 1
+    return found_MD[number_bL.repeat(question.copies, 1)[question.wanted_BL]]
