@@ -116,7 +116,7 @@ class OnPolicyBench:
     documents: int = 300
     learning_rate: float = 1e-4
     steps_per_batch: int = 4
-    thresholds: tuple[float, ...] = (0.8, 0.9, 1.0)
+    thresholds: tuple[float, ...] = (0.5, 0.65, 0.8, 0.9, 1.0)
     samples: int = 6
     eval_rows: int = 16
     eval_draws: int = 1
@@ -354,10 +354,7 @@ def one_run(
         for name, data in (("bound", found[CORPUS]), ("bound_teacher", found[TEACHER_TEXT])):
             units[name] = held_out_units(bound(settings, recipe, student, data))["bound"]
         units |= exact_fills(settings, recipe, student, found[CORPUS])
-        written = {
-            way: written_by(settings, recipe, student, found[CORPUS], wanted)
-            for way, wanted in ways(settings).items()
-        }
+        written = all_written(settings, recipe, student, found[CORPUS])
     ar = autoregressive(recipe.teacher.model)
     for way, rollouts in written.items():
         units |= sample_units(ar, rollouts, way)
@@ -415,10 +412,20 @@ def exact_fills(
     return units
 
 
-def ways(settings: OnPolicyBench) -> dict[str, OnPolicySettings]:
-    """How students write to be judged, by name."""
-    greedy = {f"{t:g}": OnPolicySettings(threshold=t, temperature=0.0) for t in settings.thresholds}
-    return {**greedy, DRAWN: OnPolicySettings(threshold=DRAWN_AT)}
+def all_written(
+    settings: OnPolicyBench, recipe: Recipe, student: Denoiser, data: PreparedData
+) -> dict[str, list[Rollout]]:
+    """What the student writes in every way, by name: greedily at each threshold, and drawn."""
+    found: dict[str, list[Rollout]] = {}
+    alike = None
+    for threshold in sorted(settings.thresholds):
+        # Once a threshold lets nothing pass together, a higher one changes nothing either.
+        if alike is None or any(rollout.decided > rollout.nfe for rollout in alike):
+            greedy = OnPolicySettings(threshold=threshold, temperature=0.0)
+            alike = written_by(settings, recipe, student, data, greedy)
+        found[f"{threshold:g}"] = alike
+    drawn = OnPolicySettings(threshold=DRAWN_AT)
+    return {**found, DRAWN: written_by(settings, recipe, student, data, drawn)}
 
 
 def written_by(

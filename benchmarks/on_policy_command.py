@@ -43,7 +43,7 @@ def _shares(context: click.Context, option: click.Parameter, value: str) -> tupl
 @click.option("--learning-rate", default=1e-4, show_default=True, help="Of all students.")
 @click.option("--steps-per-batch", default=4, show_default=True,
               help="Steps that learn from a batch of rollouts.")  # fmt: skip
-@click.option("--thresholds", default="0.8,0.9,1.0", show_default=True, callback=_shares,
+@click.option("--thresholds", default="0.5,0.65,0.8,0.9,1.0", show_default=True, callback=_shares,
               help="At which students write greedily, to be judged.")  # fmt: skip
 @click.option("--samples", default=6, show_default=True, help="Texts at each of them.")
 @click.option("--eval-rows", default=16, show_default=True, help="Held-out rows of either text.")

@@ -262,3 +262,26 @@ def test_the_command(done, tmp_path):
     bad = CliRunner().invoke(commands, ["on-policy", "--thresholds", "high"])
     assert bad.exit_code == 2
     assert "must be numbers like 0.8,1" in bad.output
+
+
+def test_a_threshold_that_changes_nothing_is_not_written_again(done, monkeypatch):
+    from mdm.convert import initial
+
+    place, _, _ = done
+    settings = small(place, thresholds=(1.0, 0.001, 0.999))
+    recipe = bench.recipe_of(settings, "ce_corpus", 4, 0)
+    student = initial(recipe.student).eval()
+    data = open_prepared(next((place / "runs" / "data").glob("corpus-*")))
+    asked, real = [], bench.written_by
+
+    def noted(*arguments):
+        asked.append(arguments[-1].threshold)
+        return real(*arguments)
+
+    monkeypatch.setattr(bench, "written_by", noted)
+    found = bench.all_written(settings, recipe, student, data)
+    assert asked == [0.001, 0.999, bench.DRAWN_AT]
+    assert [*found] == ["0.001", "0.999", "1", bench.DRAWN]
+    one = bench.OnPolicySettings(threshold=1.0, temperature=0.0)
+    again = real(settings, recipe, student, data, one)
+    assert [r.tokens_L.tolist() for r in again] == [r.tokens_L.tolist() for r in found["1"]]

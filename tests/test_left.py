@@ -1,5 +1,7 @@
 """Left-only targets: the teacher's own next-token distribution, aligned with its position."""
 
+import dataclasses
+
 import oracles
 import pytest
 import tiny
@@ -8,7 +10,7 @@ from tiny_run import ar_teacher
 from tiny_targets import V, dense
 
 from mdm.train.targets import Question, TargetSettings
-from mdm.train.teachers.left import left_only
+from mdm.train.teachers.left import left_only, left_whole
 
 X0 = [[0, 3, 1, 4, 2, 2], [0, 1, 1, 3, 0, 4]]
 
@@ -97,3 +99,43 @@ def test_asks_for_some_positions_only_and_none():
     wanted[0, 0] = True
     with pytest.raises(AssertionError, match="position 0"):
         ask(model, X0, wanted)
+
+
+def copied_question():
+    """Two rows, three copies, which ask for different positions; some for none."""
+    x0_BL = torch.tensor(X0).repeat(3, 1)
+    wanted_BL = torch.rand(6, 6, generator=torch.Generator().manual_seed(0)) < 0.5
+    wanted_BL[:, 0] = False
+    wanted_BL[4] = False
+    ids_BL = torch.tensor([[0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, -1]]).repeat(3, 1)
+    keys = tuple((0, 0, row) for row in range(6))
+    wanted_BL &= ids_BL >= 0
+    return Question(x0_BL, wanted_BL, wanted_BL, ids_BL, keys, copies=3)
+
+
+def test_copies_of_a_row_are_read_once(monkeypatch):
+    model, question = tiny.toy_ar(V), copied_question()
+    teacher, options = ar_teacher(model), {"settings": TargetSettings(), "temperature": 1.0}
+    expected = dense(left_only(teacher, dataclasses.replace(question, copies=1), **options))
+    read = []
+    base = model.base_model.forward
+    monkeypatch.setattr(
+        model.base_model, "forward", lambda x, **rest: (read.append(len(x)), base(x, **rest))[1]
+    )
+    found = dense(left_only(teacher, question, **options))
+    assert read == [2]
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+    rows = question.rows(slice(0, 2))
+    assert (len(rows.x0_BL), rows.copies) == (2, 1)
+
+
+def test_whole_distributions_are_all_of_it():
+    question, teacher = copied_question(), ar_teacher(tiny.toy_ar(V))
+    sparse = left_only(teacher, question, settings=TargetSettings(top_k=V), temperature=1.0)
+    whole = left_whole(teacher, question)
+    assert len(whole) == len(sparse)
+    assert whole.conditioned_on == "left"
+    assert bool(whole.answered_N.all())
+    torch.testing.assert_close(
+        whole.logits(whole.rows_NW).softmax(-1), dense(sparse).float(), atol=1e-6, rtol=0
+    )
