@@ -109,18 +109,18 @@ class OnPolicyBench:
     arms: tuple[str, ...] = ()
     blocks: tuple[int, ...] = (4, 8, 16)
     seeds: tuple[int, ...] = (0, 1, 2)
-    steps: int = 12
+    steps: int = 10
     rows: int = 2
     prompt_tokens: int = 23
     length: int = 40
     documents: int = 300
     learning_rate: float = 1e-4
-    steps_per_batch: int = 4
-    thresholds: tuple[float, ...] = (0.5, 0.65, 0.8, 0.9, 1.0)
-    samples: int = 6
-    eval_rows: int = 16
+    steps_per_batch: int = 5
+    thresholds: tuple[float, ...] = (0.5, 0.8, 0.9, 1.0)
+    samples: int = 4
+    eval_rows: int = 12
     eval_draws: int = 1
-    holes: int = 32
+    holes: int = 24
     recipe: str = "ce"
     assignments: tuple[str, ...] = ()
 

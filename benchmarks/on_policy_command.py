@@ -35,20 +35,20 @@ def _shares(context: click.Context, option: click.Parameter, value: str) -> tupl
               help="Sizes of blocks.")  # fmt: skip
 @click.option("--seeds", default="0,1,2", show_default=True, callback=_numbers,
               help="Of rows, masks, rollouts and holes.")  # fmt: skip
-@click.option("--steps", default=12, show_default=True, help="Of each student.")
+@click.option("--steps", default=10, show_default=True, help="Of each student.")
 @click.option("--rows", default=2, show_default=True, help="Rows in a step.")
 @click.option("--prompt-tokens", default=23, show_default=True, help="Of a prompt.")
 @click.option("--length", default=40, show_default=True, help="Tokens behind it.")
 @click.option("--documents", default=300, show_default=True, help="That give prompts.")
 @click.option("--learning-rate", default=1e-4, show_default=True, help="Of all students.")
-@click.option("--steps-per-batch", default=4, show_default=True,
+@click.option("--steps-per-batch", default=5, show_default=True,
               help="Steps that learn from a batch of rollouts.")  # fmt: skip
-@click.option("--thresholds", default="0.5,0.65,0.8,0.9,1.0", show_default=True, callback=_shares,
+@click.option("--thresholds", default="0.5,0.8,0.9,1.0", show_default=True, callback=_shares,
               help="At which students write greedily, to be judged.")  # fmt: skip
-@click.option("--samples", default=6, show_default=True, help="Texts at each of them.")
-@click.option("--eval-rows", default=16, show_default=True, help="Held-out rows of either text.")
+@click.option("--samples", default=4, show_default=True, help="Texts at each of them.")
+@click.option("--eval-rows", default=12, show_default=True, help="Held-out rows of either text.")
 @click.option("--eval-draws", default=1, show_default=True, help="Masks drawn for each.")
-@click.option("--holes", default=32, show_default=True, help="Held-out holes to fill.")
+@click.option("--holes", default=24, show_default=True, help="Held-out holes to fill.")
 @click.option("--recipe", default="ce", show_default=True, help="What the arms change.")
 @click.option("--set", "assignments", multiple=True, metavar="SECTION.KEY=VALUE",
               help="Override one setting of that recipe; may be repeated.")  # fmt: skip

@@ -70,7 +70,7 @@ def test_a_study_of_the_embedded_model_is_possible():
         for arm, recipe in recipes.items():
             assert (recipe.student.init, recipe.student.block_size) == ("embedded", block)
             assert recipe.student.layers is None
-            assert recipe.train.steps == 12
+            assert recipe.train.steps == 10
             assert recipe.data.length == 64
             assert recipe.on_policy.active == arm.startswith("on_policy")
         published = recipes["on_policy"].on_policy
