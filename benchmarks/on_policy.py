@@ -70,6 +70,7 @@ _PUBLISHED = (
     "on_policy.states=round",
     "on_policy.eos=published",
     "on_policy.reduce=rollout",
+    "on_policy.remasking=low_confidence",
 )
 ARMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "ce_corpus": (CORPUS, _CE),
@@ -421,10 +422,12 @@ def all_written(
     for threshold in sorted(settings.thresholds):
         # Once a threshold lets nothing pass together, a higher one changes nothing either.
         if alike is None or any(rollout.decided > rollout.nfe for rollout in alike):
-            greedy = OnPolicySettings(threshold=threshold, temperature=0.0)
+            greedy = OnPolicySettings(
+                threshold=threshold, temperature=0.0, remasking="low_confidence"
+            )
             alike = written_by(settings, recipe, student, data, greedy)
         found[f"{threshold:g}"] = alike
-    drawn = OnPolicySettings(threshold=DRAWN_AT)
+    drawn = OnPolicySettings(threshold=DRAWN_AT, remasking="low_confidence")
     return {**found, DRAWN: written_by(settings, recipe, student, data, drawn)}
 
 

@@ -163,9 +163,13 @@ class Canvas:
 
 @dataclasses.dataclass(frozen=True)
 class Commit:
-    """What one step decided in one canvas (`row` numbers the canvases given to `denoise`)."""
+    """What one step decided in one canvas (`row` numbers the canvases given to `denoise`).
+
+    log_prob_k  of the tokens at temperature 1, nats; None from the published sampler
+    """
 
     row: int
     positions_k: torch.Tensor
     tokens_k: torch.Tensor
     confidence_k: torch.Tensor
+    log_prob_k: torch.Tensor | None = None

@@ -23,7 +23,12 @@ def random(
 def low_confidence(
     log_probs_nV: torch.Tensor, proposals_n: torch.Tensor, generator: torch.Generator
 ) -> torch.Tensor:
-    """Probability of the proposal: the *low* ones are remasked (LLaDA, arXiv 2502.09992)."""
+    """Probability of the proposal: the *low* ones are remasked (LLaDA, arXiv 2502.09992).
+
+    At a temperature above 0 that favours likely tokens: where another was drawn, it is drawn again. Margin,
+    entropy and random look at the distributions alone, and the text is a sample of them
+    (docs/on_policy.md).
+    """
     return log_probs_nV.gather(-1, proposals_n[:, None])[:, 0].exp()
 
 

@@ -198,12 +198,20 @@ def denoise_step(denoiser: Denoiser, canvases: dict[int, Canvas]) -> Decision:
     for (row, canvas), logits_nV in zip(canvases.items(), logits, strict=True):
         block = canvas.blocks[0]
         open_n = canvas.open_L[block].nonzero()[:, 0] + block.start
-        proposals_n, confidence_n = propose(logits_nV, canvas, denoiser.vocab.eos_id)
+        proposals_n, confidence_n, log_prob_n = propose(logits_nV, canvas, denoiser.vocab.eos_id)
         if canvas.settings.threshold is None:
             kept_k = keep_highest(confidence_n, canvas.due[0])
         else:
             kept_k = keep_above(confidence_n, canvas.settings.threshold)
-        commits.append(Commit(row, open_n[kept_k], proposals_n[kept_k], confidence_n[kept_k]))
+        commits.append(
+            Commit(
+                row,
+                open_n[kept_k],
+                proposals_n[kept_k],
+                confidence_n[kept_k],
+                log_prob_n[kept_k],
+            )
+        )
     return Decision(tuple(commits), dict(zip(canvases, prefixes, strict=True)))
 
 
@@ -282,8 +290,9 @@ def guide(
 
 def propose(
     logits_nV: torch.Tensor, canvas: Canvas, eos_id: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A token for each open position and the confidence that decides whether it is kept."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A token for each open position, the confidence that decides whether it is kept, and its
+    log-probability at temperature 1."""
     settings = canvas.settings
     if settings.suppress_eos:
         logits_nV = logits_nV.index_fill(
@@ -299,7 +308,7 @@ def propose(
     confidence_n = REMASKING[settings.remasking](log_probs_nV, proposals_n, canvas.random)
     if settings.eos_last:
         confidence_n = confidence_n.masked_fill(proposals_n == eos_id, float("-inf"))
-    return proposals_n, confidence_n
+    return proposals_n, confidence_n, log_probs_nV.gather(-1, proposals_n[:, None])[:, 0]
 
 
 def nucleus(logits_nV: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:

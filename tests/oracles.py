@@ -1184,3 +1184,253 @@ def block_bound_of_table(
             losses = (cross_entropy(i, frozenset(chosen)) for chosen in sets for i in chosen)
             total += math.fsum(losses) / size / len(sets)
     return total
+
+
+# --- rollouts ---
+# A rollout is a list of tokens and the step at which each was decided: `given` = it is the prompt's,
+# `never` = it was still a mask when the text had ended.
+
+
+def row_blocks(length: int, block_size: int) -> list[list[int]]:
+    """Positions of each block, counted from position 0; without blocks (0) there is one."""
+    size = block_size or max(1, length)
+    return [list(range(i, min(i + size, length))) for i in range(0, length, size)]
+
+
+def block_states(
+    steps: Sequence[int], block: Sequence[int], given: int, never: int
+) -> list[frozenset[int]]:
+    """What was masked in a block before each step that decided something in it, earliest first."""
+    when = sorted({steps[i] for i in block} - {given, never})
+    return [
+        frozenset(i for i in block if steps[i] != given and not steps[i] < step) for step in when
+    ]
+
+
+def masked_share(
+    steps: Sequence[int], block_size: int, given: int, never: int
+) -> dict[int, Fraction]:
+    """Probability of each written position to be masked, if every state of its block is as likely."""
+    share = {}
+    for block in row_blocks(len(steps), block_size):
+        states = block_states(steps, block, given, never)
+        for i in block:
+            if steps[i] != given and states:
+                share[i] = Fraction(sum(i in state for state in states), len(states))
+    return share
+
+
+class RolloutEnd(NamedTuple):
+    """What is learnt of a rollout whose end matters: positions, and the text as it should have been."""
+
+    learnt: frozenset[int]
+    asked: frozenset[int]
+    text: list[int]
+
+
+def rollout_end(
+    tokens: Sequence[int], steps: Sequence[int], eos: int, rule: str, given: int
+) -> RolloutEnd:
+    """Position by position: the student's own first end token, what is before it and what behind."""
+    written = [i for i in range(len(tokens)) if steps[i] != given]
+    end = next((i for i in written if tokens[i] == eos), None)
+    before = [i for i in written if end is None or i < end]
+    at = [] if end is None else [end]
+    behind = [i for i in written if end is not None and i > end]
+    text = [eos if i in behind else token for i, token in enumerate(tokens)]
+    learnt, asked = {
+        "padded": (before + at + behind, before + at),
+        "learnt": (before + at, before + at),
+        "published": (before, before),
+    }[rule]
+    return RolloutEnd(frozenset(learnt), frozenset(asked), text)
+
+
+# --- fixed points --------------------------------------------------------------------------------
+#
+# Training on the student's own text in the limit of everything: the student is a table p_SnV with a free
+# distribution for each position of each state, and all rollouts are enumerated. A state is what is seen
+# of a block of n tokens, the number V standing for a mask; a text is a state without masks.
+# Shape letters here: S = (V + 1)^n states in lexicographic order, Z = V^n texts, n positions.
+
+# With which probability (S,) which of the proposals are decided (S, Z, n). Given: what is open (S, n), the
+# probability of each proposal (S, Z, n), that of the likeliest token (S, n). Ties go to the left.
+Decided = tuple[Tensor, Tensor]
+Rule = Callable[[Tensor, Tensor, Tensor], list[Decided]]
+
+
+def states_of(vocab_size: int, length: int) -> Tensor:
+    """(S, n) all states; the last one is all masks."""
+    return enumerate_sequences(vocab_size + 1, length)
+
+
+def places_of(states: Tensor, vocab_size: int) -> Tensor:
+    """(...) the number of each of these states (..., n)."""
+    digits_n = (vocab_size + 1) ** torch.arange(states.shape[-1] - 1, -1, -1)
+    return (states * digits_n).sum(-1)
+
+
+def surest_of(open_Sn: Tensor, sure_SZn: Tensor) -> list[Decided]:
+    """The open position with the largest number, the first of equal ones."""
+    at_SZ1 = sure_SZn.masked_fill(~open_Sn[:, None], NEG_INF).argmax(-1, keepdim=True)
+    decided_SZn = torch.zeros_like(sure_SZn, dtype=torch.bool).scatter_(-1, at_SZ1, True)
+    return [(torch.ones(len(open_Sn), dtype=torch.float64), decided_SZn & open_Sn[:, None])]
+
+
+def in_order(open_Sn: Tensor, drawn_SZn: Tensor, *, backwards: bool = False) -> list[Decided]:
+    """The first open position, or the last."""
+    place_n = torch.arange(open_Sn.shape[-1], dtype=torch.float64)
+    return surest_of(open_Sn, (place_n if backwards else -place_n).expand_as(drawn_SZn))
+
+
+def any_one(open_Sn: Tensor, drawn_SZn: Tensor) -> list[Decided]:
+    """Every open position is as likely."""
+    chance_Sn = open_Sn / open_Sn.sum(-1, keepdim=True).clamp(min=1).double()
+    each_nn = torch.eye(open_Sn.shape[-1], dtype=torch.bool)
+    return [
+        (chance_Sn[:, i], each_nn[i].expand(*drawn_SZn.shape)) for i in range(open_Sn.shape[-1])
+    ]
+
+
+def all_above(threshold: float, of: str) -> Rule:
+    """What is at least this sure by its "drawn" or its "best" token; the surest if nothing is."""
+
+    def rule(open_Sn: Tensor, drawn_SZn: Tensor, best_Sn: Tensor) -> list[Decided]:
+        sure_SZn = drawn_SZn if of == "drawn" else best_Sn[:, None].expand_as(drawn_SZn)
+        ((chance_S, surest_SZn),) = surest_of(open_Sn, sure_SZn)
+        return [(chance_S, surest_SZn | ((sure_SZn >= threshold) & open_Sn[:, None]))]
+
+    return rule
+
+
+# One token a step. Of the two by confidence the first is a function of the state alone (as margin and
+# entropy are), the other looks at the token drawn (LLaDA's low_confidence at a temperature).
+DECODING: dict[str, Rule] = {
+    "left to right": lambda open_Sn, drawn, _: in_order(open_Sn, drawn),
+    "right to left": lambda open_Sn, drawn, _: in_order(open_Sn, drawn, backwards=True),
+    "random": lambda open_Sn, drawn, _: any_one(open_Sn, drawn),
+    "surest position": lambda open_Sn, drawn, best: surest_of(
+        open_Sn, best[:, None].expand_as(drawn)
+    ),
+    "surest draw": lambda open_Sn, drawn, _: surest_of(open_Sn, drawn),
+}
+
+
+def decoding_step(p_SnV: Tensor, rule: Rule, position: int | None = None) -> Tensor:
+    """(S, S) one step: a token is proposed at every open position, some are decided. A text stays put.
+
+    With `position`, the part of it in which that one is decided.
+    """
+    states, length, vocab_size = p_SnV.shape
+    state_Sn, text_Zn = states_of(vocab_size, length), enumerate_sequences(vocab_size, length)
+    open_Sn = state_Sn == vocab_size
+    seen_SZn = (state_Sn[:, None] == text_Zn[None]).double()
+    drawn_SZn = torch.stack([p_SnV[:, i, text_Zn[:, i]] for i in range(length)], dim=-1)
+    chance_SZ = torch.where(open_Sn[:, None], drawn_SZn, seen_SZn).prod(-1)
+    chance_SZ = chance_SZ * open_Sn.any(-1)[:, None]
+    step_SS = torch.zeros(states, states, dtype=torch.float64)
+    for weight_S, decided_SZn in rule(open_Sn, drawn_SZn, p_SnV.amax(-1)):
+        next_SZn = torch.where(decided_SZn, text_Zn[None], state_Sn[:, None])
+        moved_SZ = weight_S[:, None] * chance_SZ
+        if position is not None:
+            moved_SZ = moved_SZ * decided_SZn[..., position]
+        step_SS.scatter_add_(1, places_of(next_SZn, vocab_size), moved_SZ)
+    return step_SS
+
+
+def endings(p_SnV: Tensor, step_SS: Tensor) -> list[Tensor]:
+    """m = 0 … n -> (S, Z) probability to have that text exactly m steps after that state."""
+    _, length, vocab_size = p_SnV.shape
+    text_Zn = enumerate_sequences(vocab_size, length)
+    now_SZ = torch.zeros(len(p_SnV), len(text_Zn), dtype=torch.float64)
+    now_SZ[places_of(text_Zn, vocab_size), torch.arange(len(text_Zn))] = 1
+    found = [now_SZ]
+    for _ in range(length):
+        found.append(step_SS @ found[-1])
+    return found
+
+
+def sampled_joint(p_SnV: Tensor, rule: Rule) -> Tensor:
+    """(Z,) the law of the texts that are written from masks alone."""
+    return torch.stack(endings(p_SnV, decoding_step(p_SnV, rule))).sum(0)[-1]
+
+
+def trained_weights(p_SnV: Tensor, rule: Rule, choice: str) -> Tensor:
+    """(n, S, Z) how much a position of a state of a text is learnt from:
+
+    round       one of the states that a rollout passed through, every mask of it
+    decided     the same, but only what was decided next
+    complement  round, and masks where that has none
+    random      any masks on the text of a rollout
+    """
+    states, length, vocab_size = p_SnV.shape
+    state_Sn, text_Zn = states_of(vocab_size, length), enumerate_sequences(vocab_size, length)
+    step_SS = decoding_step(p_SnV, rule)
+    ends = endings(p_SnV, step_SS)
+    if choice == "random":
+        fits_SZn = (state_Sn[:, None] == text_Zn[None]) | (state_Sn == vocab_size)[:, None]
+        return (fits_SZn.all(-1) * torch.stack(ends).sum(0)[-1]).expand(length, -1, -1)
+    parts = [step_SS]  # one for all positions
+    if choice == "decided":
+        parts = [decoding_step(p_SnV, rule, position) for position in range(length)]
+    at_S = torch.zeros(states, dtype=torch.float64)
+    at_S[-1] = 1
+    weight_nSZ = torch.zeros(len(parts), states, len(text_Zn), dtype=torch.float64)
+    for done in range(length):
+        # A rollout of r rounds is in each of its states with weight 1 / r.
+        later_SZ = sum(ends[left - 1] / (done + left) for left in range(1, length - done + 1))
+        for place, part_SS in enumerate(parts):
+            weight_nSZ[place] += at_S[:, None] * (part_SS @ later_SZ)
+        at_S = at_S @ step_SS
+    if choice == "complement":
+        other_SZn = torch.where(state_Sn[:, None] == vocab_size, text_Zn[None], vocab_size)
+        other_nSZ = places_of(other_SZn, vocab_size).expand_as(weight_nSZ)
+        weight_nSZ = weight_nSZ.clone().scatter_add_(1, other_nSZ, weight_nSZ)
+    return weight_nSZ.expand(length, -1, -1)
+
+
+def taught(
+    next_log_probs: NextLogProbs,
+    vocab_size: int,
+    length: int,
+    kind: str,
+    given: Sequence[int] = (),
+) -> Tensor:
+    """What the teacher says behind `given`: of each position of a text (Z, n, V), or of a state (S, n, V).
+
+    left    its next-token distribution in the finished text
+    suffix  its full conditional: the other masks hold the finished text
+    exact   q(v | what is seen), which no rollout can change
+    """
+    given, start = list(given), len(given)
+    end = start + length
+    of_kind = {
+        "left": lambda x_L, i, _: left_only(next_log_probs, x_L, i),
+        "suffix": lambda x_L, i, _: full_conditional(
+            next_log_probs, x_L, i, vocab_size, start, end
+        ),
+        "exact": lambda x_L, i, masked: posterior_marginal(
+            next_log_probs, x_L, {*masked, i}, i, vocab_size, start, end
+        ),
+    }[kind]
+    seen = states_of if kind == "exact" else enumerate_sequences
+    rows = []
+    for state in seen(vocab_size, length).tolist():
+        masked = [start + i for i in range(length) if state[i] == vocab_size]
+        x_L = given + state
+        rows.append(torch.stack([of_kind(x_L, i, masked)[:vocab_size] for i in range(start, end)]))
+    return torch.stack(rows)
+
+
+def learn_once(p_SnV: Tensor, rule: Rule, taught_XnV: Tensor, choice: str = "round") -> Tensor:
+    """The best table on the rollouts of this one; as it was where nothing is learnt.
+
+    Forward KL to a target, or cross-entropy, is least at the mean of the targets.
+    """
+    weight_nSZ = trained_weights(p_SnV, rule, choice)
+    total_Sn = weight_nSZ.sum(-1).T
+    if len(taught_XnV) == len(p_SnV):  # by state
+        return torch.where(total_Sn[..., None] > 0, taught_XnV, p_SnV)
+    sums = [weight_nSZ[i] @ taught_XnV[:, i] for i in range(p_SnV.shape[1])]
+    mean_SnV = torch.stack(sums, dim=1) / total_Sn[..., None].clamp(min=1e-300)
+    return torch.where(total_Sn[..., None] > 1e-290, mean_SnV, p_SnV)

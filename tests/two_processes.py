@@ -68,6 +68,11 @@ def play(folder, name, tree, *, steps, resume="", half_hidden=False):
             numbers["metrics"].append(trainer.train_step(run, step))
             # After each step, so that averaged weights that stayed behind would be seen in the next.
             numbers["held_out"].append(evaluate(run).values_R4.tolist())
+    numbers["rollouts"] = [
+        [number, rollout.tokens_L.tolist(), rollout.step_L.tolist()]
+        for number, rollouts in sorted(run.rollouts.items())
+        for rollout in rollouts
+    ]
     save(run, steps)
     numbers["full_disk"] = on_a_full_disk(run, steps)
     numbers["student_bytes"] = own_bytes(run.denoiser)

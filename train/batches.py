@@ -13,8 +13,6 @@ import time
 
 import torch
 
-from mdm.remasking import PROBABILITIES
-
 from . import processes
 from .masking import MaskedBatch, block_size_at, mask_batch
 from .objective import ObjectiveSettings, with_mix
@@ -26,6 +24,7 @@ from .on_policy import (
     is_due,
     length_limit,
     needed_batches,
+    shares,
 )
 from .placement import BY_CHUNK
 from .readings import chunks
@@ -38,16 +37,15 @@ from .states import state_batch
 SAMPLES = "samples.jsonl"
 
 
-def shares(recipe: Recipe, step: int) -> tuple[int, int]:
+def rows_of(recipe: Recipe, step: int) -> tuple[int, int]:
     """Rows of a step that are data, and that are rollouts."""
-    rows, settings = recipe.train.batch_rows, recipe.on_policy
-    own = settings.rows(rows) if step >= settings.start_step else 0
-    return rows - own, own
+    return shares(recipe.on_policy, recipe.train.batch_rows, step)
 
 
 def step_rows(run: Run, step: int) -> list[int]:
     """The training rows of a step, over all processes."""
-    recipe, count = run.recipe, shares(run.recipe, step)[0]
+    recipe = run.recipe
+    count = rows_of(recipe, step)[0]
     before = min(step, recipe.on_policy.start_step) if recipe.on_policy.active else step
     first = before * recipe.train.batch_rows + (step - before) * count
     rows = sample_indices(len(run.data.train), recipe.train.seed, first, count)
@@ -56,7 +54,7 @@ def step_rows(run: Run, step: int) -> list[int]:
 
 def micro_batches(run: Run, step: int) -> list[MaskedBatch]:
     """This process's share of the rows of a step, in micro-batches; those of rollouts come last."""
-    data, rollouts = (own_samples(run, count) for count in shares(run.recipe, step))
+    data, rollouts = (own_samples(run, count) for count in rows_of(run.recipe, step))
     return [data_batch(run, step, samples) for samples in data] + [
         rollout_batch(run, step, samples) for samples in rollouts
     ]
@@ -113,7 +111,7 @@ def chunks_of(run: Run, rows: list[int], document_ids_BL: torch.Tensor) -> torch
 def rollout_batch(run: Run, step: int, samples: list[int]) -> MaskedBatch:
     """Rollouts in states of this step."""
     recipe, denoiser = run.recipe, run.denoiser
-    rows, seed = shares(recipe, step)[1], recipe.train.seed
+    rows, seed = rows_of(recipe, step)[1], recipe.train.seed
     places = [chosen(recipe.on_policy, rows, seed, step, sample) for sample in samples]
     return state_batch(
         recipe.on_policy,
@@ -153,8 +151,7 @@ def renew_rollouts(run: Run, step: int) -> dict[str, float]:
         # Also if it is there: a run that was resumed before it must not take one of later weights.
         began = time.monotonic()
         run.rollouts[current] = write_batch(run, current)
-        found = numbers_of(run.rollouts[current], log_probs=settings.remasking in PROBABILITIES[:1])
-        found |= {
+        found = numbers_of(run.rollouts[current]) | {
             "rollout_limit": length_limit(settings, current),
             "rollout_seconds": time.monotonic() - began,
         }

@@ -27,6 +27,7 @@ class Document:
     is read but never learnt; then `text` is the response to it. Documents of one `group` (pieces of
     one file, say) fall on the same side of the held-out split. A text that is `cut` goes on where it
     came from: nothing is learnt about its end. `tokens` are those it was written in, if it was sampled.
+    `learnt` is what training reads in its place, if it was read as a prompt to be continued.
     """
 
     text: str
@@ -35,6 +36,7 @@ class Document:
     group: str | None = None
     cut: bool = False
     tokens: tuple[int, ...] | None = None
+    learnt: Document | None = None
 
     @property
     def file_name(self) -> str:
@@ -50,6 +52,8 @@ class Document:
 
     def split_hash(self, seed: int) -> int:
         """The 64-bit hash that decides the split: that of the group if there is one."""
+        if self.learnt is not None:
+            return self.learnt.split_hash(seed)
         return self.hash(seed) if self.group is None else _hash(self.group, seed)
 
 
@@ -116,13 +120,20 @@ def document_of_row(row: object, origin: str, column: str | None = None) -> Docu
 
 def prompt_of_row(row: object, origin: str) -> Document:
     """As document_of_row, but a prompt needs no response, and a chat may end with another's turn."""
-    if isinstance(row, Mapping):
-        turns = row.get("messages")
-        if isinstance(turns, list) and turns and not _is_answer(turns[-1]):
-            row = {**row, "messages": [*turns, {"role": "assistant", "content": ""}]}
-        elif "prompt" in row and "messages" not in row:
-            row = {"response": "", **row}
-    return document_of_row(row, origin)
+    if not isinstance(row, Mapping):
+        return document_of_row(row, origin)
+    turns, given = row.get("messages"), row
+    if isinstance(turns, list) and turns and not _is_answer(turns[-1]):
+        row = {**row, "messages": [*turns, {"role": "assistant", "content": ""}]}
+    elif "prompt" in row and "messages" not in row:
+        row = {"response": "", **row}
+    found = document_of_row(row, origin)
+    if row == given:
+        return found
+    try:
+        return replace(found, learnt=document_of_row(given, origin))
+    except DataError:  # nothing that could be learnt
+        return found
 
 
 def _is_answer(turn: object) -> bool:

@@ -48,9 +48,12 @@ class OnPolicySettings:
     decode_rows      rollouts that are written together
     temperature      of the tokens drawn
     top_p            nucleus that they are drawn from; 1 = all tokens
-    threshold        tokens whose probability reaches it are decided together; null = tokens_per_step
-    tokens_per_step  tokens decided in a step, if there is no threshold
-    remasking        which tokens are decided first: low_confidence, random, margin or entropy
+    threshold        tokens whose margin (or probability, with low_confidence) reaches it are decided
+                     together; null = tokens_per_step
+    tokens_per_step  tokens decided in a step, if there is no threshold; fewer in the last step of a block
+    remasking        which tokens are decided first: margin, entropy or random, which have the text drawn
+                     from the student as it is, or low_confidence as published, which makes likely texts
+                     likelier
     block_length     tokens decoded together by a student without blocks; null = all
     states           round (one that each block passed through), complement (that and the one with masks
                      where it has none), all (every one of them), random (masks by objective)
@@ -78,7 +81,7 @@ class OnPolicySettings:
     top_p: float = 1.0
     threshold: float | None = 0.9
     tokens_per_step: int = 1
-    remasking: str = "low_confidence"
+    remasking: str = "margin"
     block_length: int | None = None
     states: str = "round"
     eos: str = "padded"
@@ -103,6 +106,11 @@ class OnPolicySettings:
                 value is None or value >= least,
                 f"on_policy.{name} must be at least {least}; got {value}",
             )
+        require(
+            self.prompt_tokens < self.max_prompt_tokens,
+            f"on_policy.prompt_tokens={self.prompt_tokens} and a start token are more than"
+            f" max_prompt_tokens={self.max_prompt_tokens}: no plain text could be a prompt; raise it",
+        )
         require(
             not self.growth_batches or self.first_length <= self.length,
             f"on_policy.first_length={self.first_length} grows to length={self.length}: it has to be"
@@ -129,9 +137,13 @@ class OnPolicySettings:
         """Is anything learnt from rollouts?"""
         return self.fraction > 0
 
-    def sampler(self, length: int) -> SamplerSettings:
-        """How `length` tokens are written. Raises ConfigError if that cannot be."""
-        steps = None if self.threshold is not None else math.ceil(length / self.tokens_per_step)
+    def sampler(self, length: int, block_size: int | None = None) -> SamplerSettings:
+        """How `length` tokens are written, by a student with blocks of `block_size`. Raises ConfigError
+        if that cannot be."""
+        steps = None  # by threshold, or one token a step
+        if self.tokens_per_step > 1:
+            size = min(self.block_length or block_size or length, length)
+            steps = math.ceil(length / size) * math.ceil(size / self.tokens_per_step)
         return SamplerSettings(
             steps=steps,
             block_length=self.block_length,
@@ -147,7 +159,7 @@ class OnPolicySettings:
         found = self.fraction * batch_rows
         rows = round(found)
         require(
-            abs(found - rows) < 1e-6,
+            abs(found - rows) < 1e-6 and (rows > 0) == self.active,
             f"on_policy.fraction={self.fraction} of train.batch_rows={batch_rows} is {found:g} rows; make"
             " it a whole number of them",
         )
@@ -176,6 +188,12 @@ def length_limit(settings: OnPolicySettings, batch: int) -> int:
 
 
 # --- which rollouts a step learns from ---------------------------------------------------------------
+
+
+def shares(settings: OnPolicySettings, batch_rows: int, step: int) -> tuple[int, int]:
+    """Rows of a step (0-based) that are data, and that are rollouts."""
+    own = settings.rows(batch_rows) if step >= settings.start_step else 0
+    return batch_rows - own, own
 
 
 def batch_of(settings: OnPolicySettings, step: int) -> int:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,23 +103,28 @@ def open_tensorboard(folder: Path, first: int) -> Any:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The entries of a metrics.jsonl; a last line cut short by a kill is left out."""
-    entries = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                entries.append(json.loads(line))
-            except ValueError:
-                break
-    return entries
+    return [entry for _, entry in _lines(path)]
+
+
+def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each line, as it is and read, up to one that cannot be."""
+    if not path.is_file():
+        return
+    # Not splitlines(): text has other line separators in it, which JSON leaves as they are.
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        try:
+            yield line, json.loads(line)
+        except ValueError:
+            return
 
 
 def keep_until(path: Path, step: int) -> None:
     """Drop entries after `step`, all if it is 0: the run writes them again."""
     if not path.exists():
         return
-    kept = [entry for entry in read_metrics(path) if entry["step"] <= step] if step else []
+    kept = [line for line, entry in _lines(path) if entry["step"] <= step] if step else []
     draft = path.with_suffix(".draft")
-    draft.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+    draft.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
     os.replace(draft, path)
 
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from .dataset import DataSettings
     from .on_policy import OnPolicySettings
 
+LONGEST = 2**8  # characters; that far from a cut, tokens are what they are without it
+
 
 class Prompts:
     """The prompts of a folder. Raises DataError if they cannot be read."""
@@ -122,10 +124,10 @@ def first_tokens(vocab: Vocab, text: str, count: int) -> tuple[list[int], list[t
     """The first `count` tokens of a text (all, if it has no more) and the characters each covers."""
     if count == 0:
         return [], []
-    size = 16 * count
+    size = 16 * count + LONGEST
     ids, spans = vocab.encode_batch_with_spans([text[:size]])[0]
     # A cut text can have other tokens, but only near its end.
-    while len(spans) <= 2 * count and size < len(text):
+    while size < len(text) and (len(spans) < count or spans[count - 1][1] + LONGEST > size):
         size *= 2
         ids, spans = vocab.encode_batch_with_spans([text[:size]])[0]
     return ids[:count], spans[:count]

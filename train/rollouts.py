@@ -65,7 +65,7 @@ class Rollout:
 def roll_out(
     denoiser: Denoiser,
     prompts: Sequence[Sequence[int]],
-    sampler: Callable[[int], SamplerSettings],
+    sampler: Callable[[int, int | None], SamplerSettings],
     *,
     length: int,
     keys: Sequence[Key],
@@ -73,27 +73,31 @@ def roll_out(
 ) -> list[Rollout]:
     """Continue each prompt by at most `length` tokens and, in a model with blocks, to the end of a block.
 
-    `sampler` gives the settings for a number of tokens, `keys` name the random numbers. The model is in
-    eval mode meanwhile. Raises ConfigError if prompt and response do not fit into the context.
+    `sampler` gives the settings for a number of tokens and the model's blocks, `keys` name the random
+    numbers. The model is in eval mode meanwhile. Raises ConfigError if prompt and response do not fit into
+    the context.
     """
     vocab, block_size = denoiser.vocab, denoiser.block_size or 1
     canvases = []
     for prompt, key in zip(prompts, keys, strict=True):
         total = -(-(len(prompt) + length) // block_size) * block_size
         ids = [*prompt, *[denoiser.mask_id] * (total - len(prompt))]
-        canvases.append(make_canvas(denoiser, ids, sampler(total - len(prompt)), key=key))
-    confidences: list[list[torch.Tensor]] = [[] for _ in canvases]
+        canvases.append(
+            make_canvas(denoiser, ids, sampler(total - len(prompt), denoiser.block_size), key=key)
+        )
+    log_probs: list[list[torch.Tensor]] = [[] for _ in canvases]
     was_training = denoiser.training
     denoiser.eval()
     try:
         for step in denoise(denoiser, canvases, batch_size=decode_rows):
             for commit in step.commits:
-                confidences[commit.row].append(commit.confidence_k)
+                assert commit.log_prob_k is not None, "not the published sampler"
+                log_probs[commit.row].append(commit.log_prob_k)
     finally:
         denoiser.train(was_training)
     return [
         finished(canvas, len(prompt), vocab.eos_id, denoiser.block_size, torch.cat(own))
-        for canvas, prompt, own in zip(canvases, prompts, confidences, strict=True)
+        for canvas, prompt, own in zip(canvases, prompts, log_probs, strict=True)
     ]
 
 
@@ -102,11 +106,11 @@ def finished(
     prompt: int,
     eos_id: int,
     block_size: int | None,
-    confidence_k: torch.Tensor,
+    log_prob_k: torch.Tensor,
 ) -> Rollout:
     """What is in a finished canvas; a text with blocks that has ended is cut behind its last block.
 
-    `confidence_k` are those of all its decided tokens.
+    `log_prob_k` are those of all its decided tokens.
     """
     tokens_L, decided_L = canvas.ids_L.cpu(), canvas.decided_L.cpu()
     step_L = torch.where(decided_L < 0, NEVER, decided_L)
@@ -122,7 +126,7 @@ def finished(
         ended,
         canvas.nfe,
         int((decided_L >= 0).sum()),
-        float(confidence_k.double().clamp(min=1e-300).log().sum()),
+        float(log_prob_k.double().sum()),
     )
 
 
@@ -210,14 +214,12 @@ def load(folder: Path, batch: int) -> list[Rollout]:
 # --- what they tell ----------------------------------------------------------------------------------
 
 
-def numbers_of(rollouts: Sequence[Rollout], *, log_probs: bool) -> dict[str, float]:
-    """Metrics of a batch of rollouts; entropies only if confidences are log-probabilities."""
+def numbers_of(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Metrics of a batch of rollouts; the entropy is that at which tokens were decided, in nats."""
     forwards, decided = sum(r.nfe for r in rollouts), sum(r.decided for r in rollouts)
-    found = {
+    return {
         "rollout_tokens_per_forward": decided / max(1, forwards),
         "rollout_length": decided / len(rollouts),
         "rollout_ended": sum(r.ended for r in rollouts) / len(rollouts),
+        "rollout_entropy": -math.fsum(r.log_prob for r in rollouts) / max(1, decided),
     }
-    if log_probs and decided:
-        found["rollout_entropy"] = -math.fsum(r.log_prob for r in rollouts) / decided
-    return found

@@ -27,6 +27,7 @@ from mdm.convert import initial, student_vocab
 from mdm.denoiser import Denoiser
 from mdm.errors import CheckpointError, ConfigError, DataError
 from mdm.record import append_record, commit, make_record, peak_rss_bytes
+from mdm.sampler import check_blocks as check_decoding
 from mdm.vocab import Vocab
 
 from . import processes
@@ -35,6 +36,7 @@ from .dataset import PreparedData, open_prepared, prepare, reader_identity
 from .held_out import HeldOut, held_out_bound
 from .lora import merged, with_adapters
 from .objective import loss_meaning
+from .on_policy import shares
 from .optimizer import WeightAverage, adamw
 from .progress import plot_loss
 from .prompts import Prompts, write_prompts
@@ -149,6 +151,7 @@ def start(recipe: Recipe, folder: Path) -> Run:
     torch.manual_seed(settings.seed)
     denoiser = with_adapters(initial_student(recipe), settings)
     check_blocks(recipe.objective, recipe.data, denoiser)
+    check_decoding(denoiser, recipe.on_policy.sampler(1, denoiser.block_size))
     teacher = open_teacher(recipe, denoiser.vocab)
     if recipe.target.kind == "embedding" and isinstance(teacher, ARTeacher):
         denoiser.projection = projection(denoiser, teacher)
@@ -160,7 +163,7 @@ def start(recipe: Recipe, folder: Path) -> Run:
             "student": denoiser.max_length,
             **({"teacher": teacher.max_length} if teacher else {}),
         }
-        require_rollout_room(recipe, prompts.longest, longest)
+        require_rollout_room(recipe, prompts.longest, denoiser.block_size or 1, longest)
     ask = bind(recipe, teacher, denoiser.vocab, data)
     if settings.gradient_checkpointing:
         denoiser.model.activation_checkpointing_enable()
@@ -238,10 +241,12 @@ def prepare_prompts(
     return Prompts(folder / "prompts")
 
 
-def require_rollout_room(recipe: Recipe, prompt: int, longest: dict[str, int]) -> None:
+def require_rollout_room(
+    recipe: Recipe, prompt: int, block_size: int, longest: dict[str, int]
+) -> None:
     """Raise ConfigError if the longest prompt and its rollout do not fit into a model's context."""
     settings = recipe.on_policy
-    needed = prompt + settings.length + (recipe.student.block_size or 0)
+    needed = -(-(prompt + settings.length) // block_size) * block_size
     for who, length in longest.items():
         if needed > length:
             raise ConfigError(
@@ -329,7 +334,7 @@ def finish(run: Run, outcome: Outcome) -> list[str]:
     if processes.rank() == 0:
         record = make_record(
             "train",
-            {"loss": loss_meaning(run.recipe.objective, run.recipe.masks), **results_of(outcome)},
+            {"loss": told_loss(run.recipe), **results_of(outcome)},
             settings=settings,
             seed=run.recipe.train.seed,
             checkpoint=weights_hash(run.folder / "final"),
@@ -341,6 +346,23 @@ def finish(run: Run, outcome: Outcome) -> list[str]:
         lines.append(f"finished model: {run.folder / 'final'}")
     processes.barrier()
     return lines
+
+
+def told_loss(recipe: Recipe) -> str:
+    """What the loss is, in words for the log and the record."""
+    settings, rows = recipe.on_policy, recipe.train.batch_rows
+    meaning = loss_meaning(recipe.objective, recipe.masks)
+    own = shares(settings, rows, recipe.train.steps - 1)[1]
+    if not own:
+        return meaning
+    rollouts = (
+        "the teacher's divergence alone, no likelihood bound, on rollouts of the student:"
+        f" {own} of {rows} rows a step, new ones every {settings.steps_per_batch} steps"
+    )
+    start = settings.start_step
+    if own == rows and not start:
+        return rollouts
+    return f"{meaning}, on the data; {f'after {start} steps ' if start else ''}beside it {rollouts}"
 
 
 def results_of(outcome: Outcome) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from mdm.vocab import Vocab
 from . import processes
 from .corpus import Source, read_in_turn
 from .documents import Document, Message, Skips
+from .prompts import first_tokens
 from .text_parts import Part, StoredRow, make_way, merge, stored_rows
 
 _FORMAT = 1
@@ -147,12 +148,7 @@ def opening_text(vocab: Vocab, text: str, num_tokens: int) -> str:
     """The first tokens of a text as text; fewer, if the last ones hold a part of a character."""
     if num_tokens == 0:
         return ""
-    size = 16 * num_tokens
-    spans = vocab.encode_batch_with_spans([text[:size]])[0][1]
-    # A cut text can have other tokens, but only near its end.
-    while len(spans) <= 2 * num_tokens and size < len(text):
-        size *= 2
-        spans = vocab.encode_batch_with_spans([text[:size]])[0][1]
+    spans = first_tokens(vocab, text, num_tokens + 1)[1]
     if len(spans) <= num_tokens:
         return text
     kept = num_tokens

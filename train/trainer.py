@@ -21,14 +21,24 @@ from torch.nn.parallel import DistributedDataParallel
 from mdm.errors import ConfigError, TrainingError
 
 from . import processes
-from .batches import SAMPLES, micro_batches, renew_rollouts, shares, step_rows
+from .batches import SAMPLES, micro_batches, renew_rollouts, rows_of, step_rows
 from .loss_sums import loss_sums, next_tokens
 from .masking import MaskedBatch
-from .objective import loss_meaning, term_weights
+from .objective import term_weights
 from .optimizer import lr_factor
 from .progress import Progress, keep_until, read_metrics
 from .recipe import Recipe
-from .run import Outcome, Run, evaluate, evaluate_before, finish, precision, save, start
+from .run import (
+    Outcome,
+    Run,
+    evaluate,
+    evaluate_before,
+    finish,
+    precision,
+    save,
+    start,
+    told_loss,
+)
 from .sharding import clip_gradients
 from .state import load_state, saved_steps
 from .targets import Measured, with_agreement
@@ -59,8 +69,9 @@ def train(recipe: Recipe, folder: Path) -> Outcome:
     )
     if processes.rank() == 0:
         keep_until(folder / SAMPLES, step)
-    for line in told_loss(recipe, len(run.prompts or ())):
-        progress.say(line)
+    progress.say(f"the loss is {told_loss(recipe)}")
+    if run.prompts is not None:
+        progress.say(f"rollouts continue {len(run.prompts)} prompts")
     before = evaluate_before(run, step)
     if step == 0:
         progress.evaluation(0, before.summary())
@@ -159,27 +170,10 @@ def train_step(run: Run, step: int) -> dict[str, float]:
 def text_weights(run: Run, step: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Weights of the terms (cross-entropy, distillation, next token) of the data, and of rollouts."""
     recipe = run.recipe
-    data, own = shares(recipe, step)
+    data, own = rows_of(recipe, step)
     share = own / (data + own)
     of_data = term_weights(recipe.objective, step, teacher=run.ask is not None)
     return tuple((1 - share) * weight for weight in of_data), (0.0, share, 0.0)
-
-
-def told_loss(recipe: Recipe, prompts: int) -> list[str]:
-    """What a step learns from, in words for the log."""
-    data, own = shares(recipe, recipe.train.steps)
-    start = recipe.on_policy.start_step if own else 0
-    lines = []
-    if data or start:
-        lines.append(f"the loss is {loss_meaning(recipe.objective, recipe.masks)}")
-    if own:
-        later = f"after {start} steps, " if start else ""
-        lines.append(
-            f"{later}of {data + own} rows a step {own} are rollouts of the student, from {prompts} prompts;"
-            f" {recipe.on_policy.steps_per_batch} steps learn from a batch of them. Their loss is the"
-            " teacher's divergence alone, no likelihood bound"
-        )
-    return lines
 
 
 def step_terms(run: Run, batch: MaskedBatch, share: float, measured: Measured) -> torch.Tensor:
