@@ -61,7 +61,7 @@ def curls() -> list[tuple[str, str]]:
 def test_every_command_is_found():
     names = [command[1] for command in commands() if command[0] == "mdm"]
     assert names.count("generate") == 2
-    assert names.count("train") == 10
+    assert names.count("train") == 11
     assert names.count("eval") == 3
     assert set(names) | {"demo"} == set(COMMANDS)
     prompts = [command[2] for command in commands() if command[1] == "generate"]
@@ -119,7 +119,7 @@ def shrink(command: list[str]) -> list[str]:
     return [name, *arguments]
 
 
-ELSEWHERE = ("serve", "targets", "suffix", "study", "cache", "tokenizers", "tide")
+ELSEWHERE = ("serve", "targets", "suffix", "study", "cache", "tokenizers", "tide", "on-policy")
 
 
 def test_the_commands_run(place, capsys):
