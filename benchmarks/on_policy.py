@@ -7,7 +7,9 @@ learn the same number of rows, prompts and positions alike, in blocks of each si
     ce_teacher       cross-entropy on what the teacher wrote behind them (T = 1)
     off_policy       divergence to the teacher's next-token distributions on that
     on_policy        the same on the student's own rollouts, in states it went through (OPDLM as published)
-    on_policy_right  on the same states, targets that see what is visible to the right in the block
+    on_policy_right  on such states, targets that see what is visible to the right in the block
+    margin, margin_right  the same two, with rollouts that decide by the margin of the distributions and
+                     not by the probability of the draw (docs/on_policy.md, the fixed point)
 
 `start` is the student before any step. Measures, each by row, hole or prompt so that they are paired:
 
@@ -65,22 +67,23 @@ DRAWN, DRAWN_AT = "drawn", 0.9  # a way to write: temperature 1, at the threshol
 CONTROL = "ce_corpus"
 _CE = ("objective.kd_lambda=0",)
 _KD = ("objective.kd_lambda=1", "target.kind=left", "target.top_k=0")
+_RIGHT = ("objective.kd_lambda=1", "target.kind=suffix", "target.candidates=8")
 _PUBLISHED = (
     "on_policy.fraction=1",
     "on_policy.states=round",
     "on_policy.eos=published",
     "on_policy.reduce=rollout",
-    "on_policy.remasking=low_confidence",
 )
+_BY_DRAW = ("on_policy.remasking=low_confidence",)
+_BY_MARGIN = ("on_policy.remasking=margin",)
 ARMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "ce_corpus": (CORPUS, _CE),
     "ce_teacher": (TEACHER_TEXT, _CE),
     "off_policy": (TEACHER_TEXT, _KD),
-    "on_policy": (TEACHER_TEXT, (*_KD, *_PUBLISHED)),
-    "on_policy_right": (
-        TEACHER_TEXT,
-        ("objective.kd_lambda=1", "target.kind=suffix", "target.candidates=8", *_PUBLISHED),
-    ),
+    "on_policy": (TEACHER_TEXT, (*_KD, *_PUBLISHED, *_BY_DRAW)),
+    "on_policy_right": (TEACHER_TEXT, (*_RIGHT, *_PUBLISHED, *_BY_DRAW)),
+    "margin": (TEACHER_TEXT, (*_KD, *_PUBLISHED, *_BY_MARGIN)),
+    "margin_right": (TEACHER_TEXT, (*_RIGHT, *_PUBLISHED, *_BY_MARGIN)),
 }
 BASE = (
     "student.kind=bd3lm",

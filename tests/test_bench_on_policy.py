@@ -72,7 +72,7 @@ def test_a_study_of_the_embedded_model_is_possible():
             assert recipe.student.layers is None
             assert recipe.train.steps == 10
             assert recipe.data.length == 64
-            assert recipe.on_policy.active == arm.startswith("on_policy")
+            assert recipe.on_policy.active == (arm.startswith(("on_policy", "margin")))
         published = recipes["on_policy"].on_policy
         assert (published.states, published.eos, published.reduce) == (
             "round",
@@ -82,7 +82,14 @@ def test_a_study_of_the_embedded_model_is_possible():
         assert (published.temperature, published.threshold) == (1.0, 0.9)
         assert recipes["on_policy"].target.top_k == 0
         assert recipes["on_policy_right"].target.block == block
+        assert published.remasking == "low_confidence"
         assert recipes["on_policy_right"].on_policy == published
+        by_margin = replace(published, remasking="margin")
+        assert recipes["margin"] == replace(
+            recipes["on_policy"], name=f"margin-block{block}-seed1", on_policy=by_margin
+        )
+        assert recipes["margin_right"].on_policy == by_margin
+        assert recipes["margin_right"].target == recipes["on_policy_right"].target
         assert not recipes["ce_teacher"].objective.distils
         assert recipes["off_policy"].data.sources == ("teacher.jsonl",)
         assert recipes["ce_corpus"].data.sources == ("corpus.jsonl",)

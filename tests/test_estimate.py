@@ -4,9 +4,11 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from importlib import resources
 
 import pytest
 import tiny
+import torch
 import yaml
 from click.testing import CliRunner
 from test_memory import peak_allocation
@@ -18,9 +20,19 @@ from mdm.config import to_tree
 from mdm.convert import decoder_layers, student_config
 from mdm.errors import CheckpointError, ConfigError, VocabError
 from mdm.train.command import train
-from mdm.train.estimate import describe
-from mdm.train.memory import BYTES, student_bytes, teacher_bytes
-from mdm.train.outlines import config_of_student, outline, student_outline, teacher_outline
+from mdm.train.estimate import describe, largest_rows
+from mdm.train.memory import BYTES, OF_A_STEP, rollout_bytes, student_bytes, teacher_bytes
+from mdm.train.on_policy import length_limit
+from mdm.train.outlines import (
+    RowShape,
+    config_of_student,
+    outline,
+    prompt_lengths,
+    student_outline,
+    teacher_outline,
+)
+from mdm.train.recipe import read_recipe, shipped_recipes
+from mdm.train.rollouts import roll_out
 from mdm.train.run import initial_student, new_run, start
 from mdm.train.sizes import mixture_size, size_of
 from mdm.train.trainer import train_step
@@ -546,3 +558,267 @@ def test_processes_of_a_dry_run(ar, tmp_path, monkeypatch):
         .invoke(train, ["--resume", str(folder), "--dry-run", "--processes", "8"])
         .output
     )
+
+
+# --- rollouts ------------------------------------------------------------------------------------
+
+OWN = {"fraction": 1.0, "length": 12, "first_length": 4, "prompt_tokens": 5}
+
+
+def rolled(ar, tmp_path, *, on_policy=None, **sections):
+    sections = {"student": BLOCKS, "data": {"eos_padding": "none"}, **sections}
+    return recipe(ar, tmp_path, on_policy={**OWN, **(on_policy or {})}, **sections)
+
+
+def said_of_rollouts(settings, processes=1):
+    text = describe(settings, processes)
+    return text[text.index("\n\n") :]
+
+
+def test_rollouts_are_described(ar, tmp_path):
+    growing = {"growth_batches": 2, "steps_per_batch": 3, "length_growth": "cosine"}
+    said = said_of_rollouts(rolled(ar, tmp_path, on_policy=growing, train={"steps": 8}))
+    assert "tokens      none of the data: every row is a rollout\n" in said
+    assert "8 of 8 rows a step; 3 batches of 24, 72 in all, each batch for 3 steps\n" in said
+    assert f"of at most 4 to 12 tokens (cosine, mean {(4 + 6 + 12) / 3:.1f}): 528 tokens" in said
+    assert f"behind prompts of 6 tokens from {tmp_path}\n" in said
+    assert "written in 1.5 tokens a forward: assumed" in said
+    # Two times 16 and 8 rows; a prompt of 6, so rows of 16 and, from 6 + 6 on, of 16 and 24 tokens.
+    written = sum(2 * (total - 6) / 1.5 for total in (16, 16, 24))
+    assert f"in {written:,.0f} forwards one after another, of at most 16 rows" in said
+    assert "FLOPs a step on average" in said
+    assert "rollouts' layers" in said
+    assert "asked about rollouts alone" not in said
+
+
+def test_half_of_the_rows_after_some_steps(ar, tmp_path):
+    changes = {"fraction": 0.5, "start_step": 3, "threshold": None, "tokens_per_step": 2}
+    settings = rolled(
+        ar, tmp_path, on_policy=changes, train={"steps": 8}, objective={"kd_lambda": 0.0}
+    )
+    said = said_of_rollouts(settings)
+    assert re.search(r"teacher     .* parameters, fp32\n +asked about rollouts alone", said)
+    assert "tokens      576 in 3 steps of 8 rows of 24, then 480 in 5 steps of 4 rows of 24" in said
+    assert "4 of 8 rows a step from step 4 on; 2 batches of 16" in said
+    assert "of at most 12 tokens: 384 tokens" in said
+    assert "written in 2 tokens a forward" in said
+    assert "teacher's forward" in said
+    later = rolled(ar, tmp_path, on_policy={"start_step": 4}, train={"steps": 4})
+    assert "rollouts    none: on_policy.start_step=4 is not before the last step" in describe(later)
+    assert "rollouts'" not in describe(later)
+    assert "rollouts" not in said_of_rollouts(recipe(ar, tmp_path))
+    one = {"kind": "bd3lm", "block_size": 1}
+    assert "in 1 token a forward" in describe(rolled(ar, tmp_path, student=one))
+    again = said_of_rollouts(rolled(ar, tmp_path, on_policy={"replay": 0.5, "max_staleness": 3}))
+    assert "4 of the 8 from the last 3 batches" in again
+
+
+def test_prompts_of_rows_have_lengths_of_their_own(ar, tmp_path):
+    chats = {"prompts": ["a.jsonl"], "max_prompt_tokens": 40}
+    settings = rolled(ar, tmp_path, on_policy=chats)
+    assert prompt_lengths(settings) == (6, 40)
+    said = said_of_rollouts(settings)
+    assert "from a.jsonl, whose lengths are not known: 6 tokens are assumed" in said
+    assert "40 at most (max_prompt_tokens)" in said
+    assert "would not fit" not in said
+    for names in (["hub:owner/name"], ["b.json", "stdlib"], ["c.jsonl.gz"]):
+        other = rolled(ar, tmp_path, on_policy={**chats, "prompts": names})
+        assert prompt_lengths(other) == (6, 40)
+    assert prompt_lengths(rolled(ar, tmp_path, on_policy={"prompts": ["a.py"]})) == (6, 6)
+    data = {"sources": ["d.jsonl"], "eos_padding": "none"}
+    assert prompt_lengths(rolled(ar, tmp_path, data=data))[1] == 1024
+    # The model was built for 1024 tokens.
+    long = said_of_rollouts(rolled(ar, tmp_path, on_policy={"prompts": ["a.jsonl"], "length": 900}))
+    assert "more than 124 tokens would not fit into the context of the student" in long
+    assert "set on_policy.max_prompt_tokens=124" in long
+
+
+def test_what_a_run_with_rollouts_would_refuse_is_refused(ar, tmp_path):
+    def refused(message, processes=1, **changes):
+        with pytest.raises(ConfigError, match=message):
+            describe(rolled(ar, tmp_path, **changes), processes)
+
+    refused("is 0.8 rows", on_policy={"fraction": 0.1})
+    refused("2 rollouts a step cannot be shared", 4, on_policy={"fraction": 0.25})
+    refused("sharding=full with on_policy", 2, train={"sharding": "full"})
+    refused("a prompt of 6 tokens and on_policy.length=1024", on_policy={"length": 1024})
+    rows = {"prompts": ["a.jsonl"], "length": 1024}
+    refused("a prompt of 1 tokens and on_policy.length=1024", on_policy=rows)
+    refused("block_length=3, but the student has blocks of 8", on_policy={"block_length": 3})
+    assert describe(rolled(ar, tmp_path, on_policy={"fraction": 0.25}), 2)
+
+
+def parts_of(ar, tmp_path, **changes):
+    settings = rolled(ar, tmp_path, **changes)
+    return rollout_bytes(settings, student_outline(settings), 1)
+
+
+def test_memory_of_rollouts_follows_the_settings(ar, tmp_path):
+    found = parts_of(ar, tmp_path)
+    # 4 layers of 2 key heads of 4; a prompt of 6 and 12 tokens are three blocks.
+    student = student_outline(rolled(ar, tmp_path))
+    assert found["rollouts' cache"] == 3 * 16 * 24 * 2 * 4 * student.keys * 4
+    half = parts_of(ar, tmp_path, on_policy={"decode_rows": 8})
+    assert 2 * half["rollouts' cache"] == found["rollouts' cache"]
+    assert half["rollouts' forward"] < found["rollouts' forward"]
+    # Prompt and block, and who sees the whole row and what is read beside it.
+    read = parts_of(ar, tmp_path, on_policy={"prompt_tokens": 29})["rollouts' forward"]
+    layer = 16 * 38 * 4 * (8 * student.width + 4 * student.inner)
+    assert read == layer + 16 * 38 * (48 + 38) * 7
+    # After a short one what is drawn is more: logits of all rows, twice, and float64 of one.
+    assert found["rollouts' forward"] == 8 * student.rows * (2 * 4 * 16 + 5 * 8)
+    few = parts_of(ar, tmp_path, on_policy={"steps_per_batch": 1})
+    assert few == half  # there are no more than 8
+    long = parts_of(ar, tmp_path, on_policy={"prompts": ["a.jsonl"], "max_prompt_tokens": 84})
+    assert long["rollouts' cache"] == 4 * found["rollouts' cache"]
+    assert long["rollouts' forward"] > 5 * found["rollouts' forward"]
+    mixed = parts_of(
+        ar, tmp_path, train={"precision": "bf16"}, on_policy={"prompt_tokens": 29, "length": 10}
+    )
+    assert mixed["rollouts' cache"] == 3 * 16 * 40 * 2 * 4 * student.keys * 4
+    assert mixed["rollouts' forward"] == 0.75 * layer + 16 * 38 * (40 + 38) * 7
+    canvas = {"prompt_tokens": 29, "length": 10, "block_length": 2}
+    full = parts_of(ar, tmp_path, student={}, on_policy=canvas)
+    layer = 16 * 40 * 4 * (8 * student.width + 4 * student.inner)
+    assert full == {"rollouts' forward": layer}
+    rows = {"prompts": ["a.jsonl"], "max_prompt_tokens": 30}
+    padded = parts_of(ar, tmp_path, student={}, on_policy={**canvas, **rows})
+    assert padded == {"rollouts' forward": layer + 16 * 40 * 40 * 7}
+
+
+def total_of(said):
+    (found,) = re.findall(r"memory +about ([\d.]+) GiB", said)
+    return float(found)
+
+
+def test_a_step_and_writing_do_not_need_their_memory_at_once(ar, tmp_path):
+    few, many = (
+        said_of_rollouts(rolled(ar, tmp_path, on_policy={"length": 600, "decode_rows": rows}))
+        for rows in (1, 32)
+    )
+    parts = {
+        name.strip(): float(size)
+        for name, size in re.findall(r"^ {14}(\D+?) +([\d.]+) GiB$", many, flags=re.MULTILINE)
+    }
+    step = sum(parts.get(name, 0) for name in OF_A_STEP)
+    writing = sum(size for name, size in parts.items() if name.startswith("rollouts'"))
+    always = sum(parts.values()) - step - writing
+    assert f"instead of the {step:.2f} GiB" in many or abs(step - writing) < 0.1
+    assert total_of(many) == pytest.approx(always + max(step, writing), abs=0.1)
+    assert total_of(few) == pytest.approx(always + step, abs=0.1)
+
+
+def test_the_longest_rows_count(ar, tmp_path):
+    def shapes(**changes):
+        settings = rolled(ar, tmp_path, **changes)
+        return largest_rows(settings, student_outline(settings))
+
+    own = RowShape(8, 24, 1)
+    assert shapes() == [own]
+    chats = {"prompts": ["a.jsonl"], "max_prompt_tokens": 30}
+    assert shapes(on_policy=chats) == [RowShape(8, 48, 1)]  # of the longest prompts
+    assert shapes(on_policy={"start_step": 1}) == [RowShape(8, 24, 1), own]
+    half = shapes(on_policy={"fraction": 0.5, "states": "complement"})
+    assert half == [RowShape(4, 24, 1), RowShape(4, 24, 2)]
+    assert shapes(on_policy={"start_step": 9}) == [RowShape(8, 24, 1)]
+    assert shapes(on_policy={"fraction": 0.0}) == [RowShape(8, 24, 1)]
+    assert total_of(describe(rolled(ar, tmp_path, on_policy={"length": 900}))) > 2 * total_of(
+        describe(rolled(ar, tmp_path))
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("student", [BLOCKS, {}], ids=["blocks", "full canvas"])
+@pytest.mark.parametrize("length", [16, 160])
+def test_writing_takes_what_was_estimated(tmp_path, student, precision, length):
+    """As torch's profiler counts it; prompts are long or short, of the model layers and cache count."""
+    prompt = 96 - length // 2
+    ar = ar_folder(tmp_path / "ar", layers=6, hidden=64)
+    settings = rolled(
+        ar,
+        tmp_path,
+        student=student,
+        train={"precision": precision},
+        on_policy={
+            **{"length": length, "first_length": length, "prompt_tokens": prompt - 1},
+            **{"decode_rows": 8, "steps_per_batch": 1, "threshold": None, "tokens_per_step": 8},
+        },
+    )
+    denoiser = initial_student(settings)
+
+    def write():
+        # Weights that are cast for a forward are counted elsewhere.
+        with torch.autocast("cpu", torch.bfloat16, precision == "bf16", cache_enabled=False):
+            roll_out(
+                denoiser,
+                [[256, *range(number, number + prompt - 1)] for number in range(8)],
+                lambda *given: replace(settings.on_policy.sampler(*given), suppress_eos=True),
+                length=length,
+                keys=[("rollout", number) for number in range(8)],
+                decode_rows=8,
+            )
+
+    memory = rollout_bytes(settings, student_outline(settings), 1)
+    peak, estimated = peak_allocation(write), sum(memory.values())
+    assert 0.9 * peak <= estimated <= 2.5 * peak, (peak, memory)
+
+
+# --- recipes of OPDLM ----------------------------------------------------------------------------
+
+SHAPES = {
+    "opdlm-qwen3-0.6b": (
+        "Qwen3-0.6B",
+        {
+            **{"model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072},
+            **{"num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8},
+            **{"head_dim": 128, "max_position_embeddings": 40_960},
+        },
+    ),
+    "opdlm-qwen2.5-coder-0.5b": (
+        "Qwen2.5-Coder-0.5B",
+        {
+            **{"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864},
+            **{"num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2},
+            **{"max_position_embeddings": 32_768},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_recipes_of_opdlm_fit_on_one_gpu(tmp_path, monkeypatch, name):
+    """By their configs alone, with room left for what is not counted."""
+    monkeypatch.chdir(tmp_path)
+    model, config = SHAPES[name]
+    config_only(tmp_path / "Qwen" / model, vocab_size=151_936, tie_word_embeddings=True, **config)
+    said = describe(read_recipe(name))
+    assert "483 batches of 128, 61,824 in all" in said  # an epoch of 61,816 prompts
+    assert "from prompts.jsonl, whose lengths are not known" in said
+    assert total_of(said) < 64
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_published_settings_of_opdlm(name):
+    settings = read_recipe(name)
+    own, train = settings.on_policy, settings.train
+    assert (settings.student.kind, settings.student.block_size) == ("bd3lm", 4)
+    assert settings.student.init == settings.teacher.model
+    assert (own.temperature, own.top_p, own.threshold, own.states) == (1.0, 1.0, 0.9, "round")
+    assert (settings.target.kind, settings.target.top_k) == ("left", 0)
+    assert settings.objective.divergence == "forward_kl"
+    assert (train.batch_rows, own.steps_per_batch, train.steps) == (8, 16, 483 * 16)
+    assert (train.learning_rate, train.lr_floor, train.lr_schedule) == (1e-5, 0.1, "cosine")
+    assert (train.warmup_steps, train.weight_decay, train.betas) == (5 * 16, 0, (0.9, 0.999))
+    assert (own.first_length, own.length, own.growth_batches) == (100, 4000, 100)
+    assert [length_limit(own, batch) for batch in (0, 50, 100, 200)] == [100, 1242, 4000, 4000]
+    assert own.max_prompt_tokens == 2000
+
+
+@pytest.mark.parametrize("name", [name for name in shipped_recipes() if name.startswith("opdlm")])
+def test_opdlm_recipes_say_how_the_published_form_is_had(name):
+    text = (resources.files("mdm.train.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
+    published = re.findall(r"--set ([\w.]+=[\w.]+)", text)
+    settings = read_recipe(name, published)
+    if not name.endswith("two-phase"):
+        assert (settings.student.attention, settings.student.shift) == ("block", False)
+        assert (settings.on_policy.eos, settings.on_policy.reduce) == ("published", "rollout")

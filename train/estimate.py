@@ -9,15 +9,32 @@ from __future__ import annotations
 import yaml
 
 from mdm.checkpoint import load_vocab
-from mdm.config import to_tree
+from mdm.config import require, to_tree
 from mdm.errors import ConfigError
 
 from .checks import check_blocks
-from .flops import describe_computing
-from .memory import BYTES, copies_trained, student_bytes, teacher_bytes
-from .outlines import Outline, has_tokenizer, student_outline, teacher_outline
+from .flops import ASSUMED_ACCEPTED, describe_computing, rollout_batches, states_of, writing_of
+from .memory import (
+    BYTES,
+    OF_A_STEP,
+    copies_trained,
+    rollout_bytes,
+    student_bytes,
+    teacher_bytes,
+)
+from .outlines import (
+    Outline,
+    RowShape,
+    data_rows,
+    has_tokenizer,
+    prompt_lengths,
+    rollout_length,
+    rows_have_prompts,
+    student_outline,
+    teacher_outline,
+)
 from .recipe import Recipe
-from .run import initial_vocab
+from .run import initial_vocab, require_rollout_room
 from .sharding import check_sharding
 from .supervision import needs_teacher, require_context
 from .target_cache import check_cacheable
@@ -50,7 +67,7 @@ def describe(recipe: Recipe, processes: int = 1, tflops: float | None = None) ->
         lines.append(
             f"            {student.size.adapters / 1e6:.1f}M more in adapters, which alone are trained"
         )
-    if not recipe.objective.distils:
+    if not recipe.distils:
         lines.append("teacher     none (objective.kd_lambda or kd_weight is 0)")
     elif not needs_teacher(recipe):
         check_cacheable(recipe)
@@ -58,11 +75,8 @@ def describe(recipe: Recipe, processes: int = 1, tflops: float | None = None) ->
     else:
         teacher = teacher_outline(recipe)
         lines += describe_teacher(recipe, teacher)
-    settings, data = recipe.train, recipe.data
-    lines.append(
-        f"tokens      {settings.steps * settings.batch_rows * data.length:,} in {settings.steps} steps"
-        f" of {settings.batch_rows} rows of {data.length}"
-    )
+    lines.append(f"tokens      {tokens_of_data(recipe)}")
+    lines += describe_rollouts(recipe, student, teacher, processes)
     lines += describe_memory(recipe, student, teacher, processes)
     lines += describe_computing(recipe, student, teacher, processes, tflops)
     return "\n".join(lines)
@@ -88,6 +102,10 @@ def describe_teacher(recipe: Recipe, teacher: Outline) -> list[str]:
         lines.append("            asked twice a step, one half of the masks after the other")
     if target.infill:
         lines.append(f"            asked through {template_of(recipe)}")
+    if not recipe.objective.distils:
+        lines.append(
+            "            asked about rollouts alone (objective.kd_lambda or kd_weight is 0)"
+        )
     return lines
 
 
@@ -113,6 +131,13 @@ def require_even(recipe: Recipe, processes: int) -> None:
             f"train.batch_rows ({recipe.train.batch_rows}) must be a multiple of the number of"
             f" processes ({processes})"
         )
+    own = recipe.on_policy.rows(recipe.train.batch_rows)
+    if own % processes:
+        raise ConfigError(
+            f"train.batch_rows={recipe.train.batch_rows} with on_policy.fraction="
+            f"{recipe.on_policy.fraction}: {own} rollouts a step cannot be shared out evenly among"
+            f" {processes} processes"
+        )
 
 
 def template_of(recipe: Recipe) -> str:
@@ -122,6 +147,122 @@ def template_of(recipe: Recipe) -> str:
     return f"{found.family}, {found.order}"
 
 
+def tokens_of_data(recipe: Recipe) -> str:
+    """How many tokens of the data are learnt from, in which steps."""
+    settings, on_policy = recipe.train, recipe.on_policy
+    own = on_policy.rows(settings.batch_rows)
+    before = min(on_policy.start_step, settings.steps) if on_policy.active else settings.steps
+    parts = [
+        f"{steps * rows * recipe.data.length:,} in {steps} steps of {rows} rows of {recipe.data.length}"
+        for steps, rows in (
+            (before, settings.batch_rows),
+            (settings.steps - before, settings.batch_rows - own),
+        )
+        if steps and rows
+    ]
+    return ", then ".join(parts) or "none of the data: every row is a rollout"
+
+
+# --- rollouts ------------------------------------------------------------------------------------
+
+
+def describe_rollouts(
+    recipe: Recipe, student: Outline, teacher: Outline | None, processes: int
+) -> list[str]:
+    """Lines about the student's own text, with what is assumed of it; none if there is none.
+
+    Raises ConfigError for what cannot be written so.
+    """
+    settings, batches = recipe.on_policy, rollout_batches(recipe)
+    if not settings.active:
+        return []
+    if not batches:
+        return [
+            f"rollouts    none: on_policy.start_step={settings.start_step} is not before the last step"
+        ]
+    require_decodable(recipe, student)
+    longest = prompt_lengths(recipe)[1]
+    unknown = rows_have_prompts(recipe)
+    contexts = {"student": student.max_length} | (
+        {"teacher": teacher.max_length} if teacher else {}
+    )
+    require_rollout_room(recipe, 1 if unknown else longest, student.block_size or 1, contexts)
+    rows, all_rows = settings.rows(recipe.train.batch_rows), recipe.train.batch_rows
+    count = sum(batch.count for batch in batches)
+    mean = sum(batch.count * batch.limit for batch in batches) / count
+    first, last = batches[0].limit, batches[-1].limit
+    prompt = prompt_lengths(recipe)[0]
+    forwards = sum(
+        -(-batch.count // processes // settings.decode_rows)
+        * writing_of(settings, student, prompt, batch.limit).forwards
+        for batch in batches
+    )
+    spread = f"{first}" if first == last else f"{first} to {last}"
+    growth = f" ({settings.length_growth}, mean {mean:.1f})" if first != last else ""
+    began = f" from step {settings.start_step + 1} on" if settings.start_step else ""
+    lines = [
+        f"rollouts    {rows} of {all_rows} rows a step{began}; {len(batches)} batches of"
+        f" {batches[-1].count}, {count:,} in all, each batch for {settings.steps_per_batch} steps",
+        f"            of at most {spread} tokens{growth}: {count * mean:,.0f} tokens, if none ends before",
+        f"            {told_prompts(recipe)}",
+        f"            {told_pace(recipe, student)}",
+        f"            in {forwards:,.0f} forwards one after another, of at most"
+        f" {settings.decode_rows} rows each",
+    ]
+    if settings.replay:
+        lines.append(
+            f"            {rows - settings.new_rows(rows)} of the {rows} from the last"
+            f" {settings.max_staleness} batches, once there are some; their length is taken to be the same"
+        )
+    shortest = min(contexts, key=lambda who: contexts[who])
+    block = student.block_size or 1
+    room = contexts[shortest] // block * block - settings.length
+    if unknown and longest > room:
+        lines.append(
+            f"            prompts of more than {room} tokens would not fit into the context of the"
+            f" {shortest}: set on_policy.max_prompt_tokens={room}"
+        )
+    return lines
+
+
+def told_prompts(recipe: Recipe) -> str:
+    """What is known of the prompts' lengths, or taken for it."""
+    mean, longest = prompt_lengths(recipe)
+    names = ", ".join(recipe.on_policy.prompts or recipe.data.sources)
+    if not rows_have_prompts(recipe):
+        return f"behind prompts of {mean} tokens from {names}"
+    return (
+        f"behind prompts from {names}, whose lengths are not known: {mean} tokens are assumed"
+        f" (on_policy.prompt_tokens, a start token), {longest} at most (max_prompt_tokens)"
+    )
+
+
+def told_pace(recipe: Recipe, student: Outline) -> str:
+    """How many tokens a forward writes, or is taken to write."""
+    settings = recipe.on_policy
+    if settings.threshold is None:
+        return f"written in {settings.tokens_per_step} tokens a forward"
+    if student.block_size == 1:
+        return "written in 1 token a forward, as blocks have no more"
+    return (
+        f"written in {ASSUMED_ACCEPTED} tokens a forward: assumed (OPDLM reports 1.5 to 1.9 with"
+        " threshold 0.9 and blocks of 4; an untrained student is nearer to 1)"
+    )
+
+
+def require_decodable(recipe: Recipe, student: Outline) -> None:
+    """Raise ConfigError if the sampler would refuse the settings."""
+    block, length = student.block_size, recipe.on_policy.block_length
+    require(
+        block is None or length is None or block % length == 0,
+        f"on_policy.block_length={length}, but the student has blocks of {block} tokens; leave it out, or"
+        f" give a divisor of {block} to decode a block in parts",
+    )
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
 def describe_memory(
     recipe: Recipe, student: Outline, teacher: Outline | None, processes: int
 ) -> list[str]:
@@ -129,19 +270,62 @@ def describe_memory(
     models = {"student": student} | ({"teacher": teacher} if teacher else {})
     if unknown := [name for name, model in models.items() if model.size is None]:
         return [f"memory      not known, as the size of the {' and the '.join(unknown)} is not"]
-    memory = student_bytes(recipe, student, processes)
+    memory = max(
+        (
+            parts_of_memory(recipe, student, teacher, processes, rows)
+            for rows in largest_rows(recipe, student)
+        ),
+        key=lambda parts: sum(parts.values()),
+    )
     loading = 4 * _parameters(student)
     if teacher:
-        memory |= teacher_bytes(recipe, teacher, processes)
         loading += int(_parameters(teacher) * BYTES[recipe.teacher.dtype])
-        if recipe.target.kind == "embedding":
-            memory["projection"] = 4 * student.width * teacher.width * copies_trained(recipe)
+    writing = rollout_bytes(recipe, student, processes) if rollout_batches(recipe) else {}
+    of_a_step = sum(memory.get(name, 0) for name in OF_A_STEP)
+    needed = sum(memory.values()) + max(0, sum(writing.values()) - of_a_step)
     shared = f", of {processes}" if processes > 1 else ""
-    lines = [f"memory      about {sum(memory.values()) / GIB:.1f} GiB a process{shared}:"]
+    lines = [f"memory      about {needed / GIB:.1f} GiB a process{shared}:"]
     lines += [f"              {name:<22}{size / GIB:7.2f} GiB" for name, size in memory.items()]
+    if writing:
+        lines.append(
+            f"            while rollouts are written, instead of the {of_a_step / GIB:.2f} GiB that only a"
+            " step needs:"
+        )
+        lines += [
+            f"              {name:<22}{size / GIB:7.2f} GiB" for name, size in writing.items()
+        ]
     stays = " and all the time" if recipe.teacher.offload else ""
     lines.append(f"            and up to {loading / GIB:.1f} GiB of CPU memory at the start{stays}")
     return lines
+
+
+def parts_of_memory(
+    recipe: Recipe, student: Outline, teacher: Outline | None, processes: int, rows: RowShape
+) -> dict[str, int]:
+    """Bytes of a process by purpose when it learns from such rows."""
+    memory = student_bytes(recipe, student, processes, rows)
+    if teacher:
+        memory |= teacher_bytes(recipe, teacher, processes, rows)
+        if recipe.target.kind == "embedding":
+            memory["projection"] = 4 * student.width * teacher.width * copies_trained(recipe)
+    return memory
+
+
+def largest_rows(recipe: Recipe, student: Outline) -> list[RowShape]:
+    """The rows of each kind that a step learns from, when they are most and longest."""
+    settings, every = recipe.on_policy, recipe.train.batch_rows
+    own = settings.rows(every)
+    batches = rollout_batches(recipe)
+    found = []
+    if not batches or settings.start_step or own < every:
+        found.append(
+            data_rows(recipe, every if settings.start_step or not batches else every - own)
+        )
+    if batches:
+        limit = max(batch.limit for batch in batches)
+        length = rollout_length(student, prompt_lengths(recipe)[1], limit)
+        found.append(RowShape(own, length, states_of(recipe, student, limit)[0]))
+    return found
 
 
 def _parameters(model: Outline) -> int:

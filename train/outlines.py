@@ -1,4 +1,5 @@
-"""The models of a recipe, as far as their configs tell: how large, in what blocks, for how many tokens.
+"""The models of a recipe, as far as their configs tell: how large, in what blocks, for how many tokens;
+and the rows they will read.
 
 Nothing but JSON is read, and code that comes with a model is not run: of such a model the size is reckoned
 from the numbers in its config.json, or not known. Whatever the run would refuse in the settings of a
@@ -33,6 +34,7 @@ from mdm.published import (
     require_consent,
 )
 
+from .corpus import HUB
 from .recipe import Recipe
 from .sizes import Size, mixture_size, size_of
 from .target_cache import BY_WEIGHTS
@@ -80,21 +82,73 @@ class Outline:
             found += f", blocks of {self.block_size} tokens, attention {self.attention}"
         return found
 
-    def streams(self, recipe: Recipe) -> int:
+    def streams(self, rows: RowShape) -> int:
         """How often the tokens of a row are read at once: its noisy copies, and for blocks clean, too."""
-        return copies(recipe) + (self.block_size is not None)
+        return rows.copies + (self.block_size is not None)
 
-    def pairs(self, recipe: Recipe) -> int:
+    def pairs(self, rows: RowShape) -> int:
         """Queries times keys of a row; copies see one another's clean tokens only in one sequence."""
-        length = recipe.data.length
         if self.block_size is None:
-            return copies(recipe) * length**2
-        return (self.streams(recipe) * length) ** 2
+            return rows.copies * rows.length**2
+        return (self.streams(rows) * rows.length) ** 2
+
+
+# --- rows ----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class RowShape:
+    """Rows of one kind that a step learns from.
+
+    count   of all processes
+    length  tokens of each
+    copies  noisy copies of each
+    """
+
+    count: int
+    length: int
+    copies: int
 
 
 def copies(recipe: Recipe) -> int:
-    """Noisy copies of a row."""
+    """Noisy copies of a row of the data."""
     return 2 if recipe.objective.complementary else 1
+
+
+def data_rows(recipe: Recipe, count: int | None = None) -> RowShape:
+    """Rows of the data: `count` of them, or all of a step."""
+    count = recipe.train.batch_rows if count is None else count
+    return RowShape(count, recipe.data.length, copies(recipe))
+
+
+def read_by_teacher(recipe: Recipe, rows: RowShape) -> RowShape:
+    """The rows as the teacher reads them: where masks do not matter, copies are one and the same."""
+    target = recipe.target
+    once = target.kind == "left" and not target.infill
+    return dataclasses.replace(rows, copies=1) if once else rows
+
+
+def prompt_lengths(recipe: Recipe) -> tuple[int, int]:
+    """Tokens of a prompt, and most tokens of one. Where sources have prompts of their own, whose lengths
+    only the run will know, the first is taken to be what a plain text would give."""
+    settings = recipe.on_policy
+    plain = settings.prompt_tokens + 1  # a start token goes before it
+    return plain, settings.max_prompt_tokens if rows_have_prompts(recipe) else plain
+
+
+def rows_have_prompts(recipe: Recipe) -> bool:
+    """Can a source of prompts hold rows, and these prompts of their own?"""
+    names = recipe.on_policy.prompts or recipe.data.sources
+    return any(name.startswith(HUB) or name.endswith(ROW_FILES) for name in names)
+
+
+ROW_FILES = (".jsonl", ".jsonl.gz", ".json")
+
+
+def rollout_length(student: Outline, prompt: int, limit: int) -> int:
+    """Tokens of a row: the prompt, at most `limit` behind it, and the rest of the last block."""
+    block = student.block_size or 1
+    return -(-(prompt + limit) // block) * block
 
 
 # --- student and teacher -------------------------------------------------------------------------
