@@ -1,7 +1,8 @@
 """On-policy distillation in small: an AR model becomes a block diffusion model, by its own text or others'.
 
 The teacher is the AR model; every student begins as that model read in blocks, with all its layers. All
-learn the same number of rows, prompts and positions alike, in blocks of each size:
+learn the same number of rows of one length behind prompts from one file, in blocks of each size. Rollouts
+that end early have fewer tokens, and equal seeds take other prompts of the file where arms differ in text.
 
     ce_corpus        cross-entropy on what stood behind the prompts
     ce_teacher       cross-entropy on what the teacher wrote behind them (T = 1)

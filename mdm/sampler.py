@@ -45,12 +45,15 @@ def make_canvas(
     *,
     key: Key = (0, 0),
     padding: int = 0,
+    tokens_per_step: int = 1,
 ) -> Canvas:
     """A canvas from tokens in which the mask id marks the open positions.
 
     `key` names its random numbers: equal keys, equal text, whatever else is in the batch. `padding`
-    leading positions are ignored by attention (full canvas only). A model with blocks sees of the text
-    after a hole what stands in the hole's last block and nothing further on: it was trained so.
+    leading positions are ignored by attention (full canvas only). Where the settings give neither steps
+    nor threshold, `tokens_per_step` are decided in each, fewer in the last one of a block. A model with
+    blocks sees of the text after a hole what stands in the hole's last block and nothing further on: it was
+    trained so.
     Raises ConfigError if the canvas is longer than the context or has no token before its first mask,
     steps cannot be shared out over the blocks, or the settings do not go with the model's blocks.
     """
@@ -72,7 +75,8 @@ def make_canvas(
     grid = decoding_grid(denoiser, start, end, settings.block_length)
     counts = Counter((position - grid.start) // grid.block_length for position in where)
     blocks = [slice(max(start, b.start), b.stop) for b in map(grid.block, sorted(counts))]
-    steps = block_steps(denoiser, [counts[number] for number in sorted(counts)], settings)
+    open_counts = [counts[number] for number in sorted(counts)]
+    steps = block_steps(denoiser, open_counts, settings, tokens_per_step)
     valid_L = torch.ones_like(open_L)
     valid_L[:padding] = False
     return Canvas(
@@ -88,7 +92,9 @@ def make_canvas(
     )
 
 
-def block_steps(denoiser: Denoiser, counts: list[int], settings: SamplerSettings) -> list[int]:
+def block_steps(
+    denoiser: Denoiser, counts: list[int], settings: SamplerSettings, tokens_per_step: int = 1
+) -> list[int]:
     """Denoising steps of each block, of which `counts` positions are open; in all they are `steps`.
 
     Equally many for each, as LLaDA has it. How many blocks of a model with blocks a hole lies in depends on
@@ -96,7 +102,9 @@ def block_steps(denoiser: Denoiser, counts: list[int], settings: SamplerSettings
     """
     steps = settings.steps
     if steps is None:
-        return counts
+        # By threshold this is how many steps there are at most.
+        each = tokens_per_step if settings.threshold is None else 1
+        return [-(-count // each) for count in counts]
     if denoiser.block_size is not None:
         return shared_steps(counts, steps)
     if counts and steps % len(counts):

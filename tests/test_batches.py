@@ -393,7 +393,7 @@ def test_micro_batches_change_nothing(settings, tmp_path, name, student):
 @pytest.fixture(scope="module")
 def cases(tree):
     """Arguments of `two_processes.play`. `some` writes a rollout at a time: the second process has none."""
-    some = {"fraction": 0.5, "start_step": 1, "steps_per_batch": 1, "replay": 0.75, "length": 8}
+    some = {"fraction": 0.5, "start_step": 1, "steps_per_batch": 1, "replay": 0.5, "length": 8}
     train = {"batch_rows": 4, "micro_rows": 1, "ema_decay": 0.5}
     all_of_them = {"start_step": 1, "decode_rows": 3, "replay": 0.25, "states": "complement"}
     return [

@@ -114,6 +114,7 @@ def test_the_control_comes_along():
     assert bench.OnPolicyBench(arms=("on_policy",)).chosen == ("ce_corpus", "on_policy")
 
 
+@pytest.mark.slow
 def test_both_texts_stand_behind_the_same_prompts(done):
     place, _, _ = done
     (folder,) = (place / "runs").glob("text-*")
@@ -131,6 +132,7 @@ def test_both_texts_stand_behind_the_same_prompts(done):
         assert row["cut"] == (len(text) > 63)
 
 
+@pytest.mark.slow
 def test_the_same_documents_are_held_out_of_both_texts(done):
     place, _, _ = done
     folders = [*(place / "runs" / "data").iterdir()]
@@ -148,6 +150,7 @@ def test_the_same_documents_are_held_out_of_both_texts(done):
 # --- the study -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_run_is_measured(done):
     _, record, said = done
     blocks = record["results"]["blocks"]
@@ -164,6 +167,7 @@ def test_every_run_is_measured(done):
     assert len(said) == 1 + 2 * (1 + 2 * len(ARMS))
 
 
+@pytest.mark.slow
 def test_differences_are_those_of_the_runs(done):
     _, record, _ = done
     found = record["results"]["blocks"]["8"]
@@ -183,6 +187,7 @@ def test_differences_are_those_of_the_runs(done):
     assert ("off_policy", "ce_corpus") in shown
 
 
+@pytest.mark.slow
 def test_finished_runs_are_not_repeated(done, monkeypatch, tmp_path):
     place, record, _ = done
     monkeypatch.setattr(bench, "train", refuse)
@@ -194,6 +199,7 @@ def test_finished_runs_are_not_repeated(done, monkeypatch, tmp_path):
         bench.run(replace(small(place), steps=3), runs, tmp_path / "again.jsonl", print)
 
 
+@pytest.mark.slow
 def test_what_is_left_behind_is_small(done):
     place, _, _ = done
     for folder in (place / "runs").glob("*-block*"):
@@ -202,6 +208,7 @@ def test_what_is_left_behind_is_small(done):
         assert "record.jsonl" in left
 
 
+@pytest.mark.slow
 def test_a_text_counts_up_to_its_end(done):
     """The teacher judges the end token that the student wrote, and nothing behind it."""
     import torch
@@ -226,6 +233,7 @@ def test_a_text_counts_up_to_its_end(done):
 # --- the page --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_page_and_the_picture(done, tmp_path):
     _, record, _ = done
     text = report.page(record)
@@ -250,6 +258,7 @@ def test_the_page_and_the_picture(done, tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_the_command(done, tmp_path):
     place, record, _ = done
     runs = shutil.copytree(place / "runs", tmp_path / "runs")
@@ -271,6 +280,7 @@ def test_the_command(done, tmp_path):
     assert "must be numbers like 0.8,1" in bad.output
 
 
+@pytest.mark.slow
 def test_a_threshold_that_changes_nothing_is_not_written_again(done, monkeypatch):
     from mdm.convert import initial
 
@@ -289,6 +299,6 @@ def test_a_threshold_that_changes_nothing_is_not_written_again(done, monkeypatch
     found = bench.all_written(settings, recipe, student, data)
     assert asked == [0.001, 0.999, bench.DRAWN_AT]
     assert [*found] == ["0.001", "0.999", "1", bench.DRAWN]
-    one = bench.OnPolicySettings(threshold=1.0, temperature=0.0)
+    one = bench.OnPolicySettings(threshold=1.0, temperature=0.0, remasking="low_confidence")
     again = real(settings, recipe, student, data, one)
     assert [r.tokens_L.tolist() for r in again] == [r.tokens_L.tolist() for r in found["1"]]

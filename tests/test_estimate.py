@@ -752,7 +752,8 @@ def test_writing_takes_what_was_estimated(tmp_path, student, precision, length):
             roll_out(
                 denoiser,
                 [[256, *range(number, number + prompt - 1)] for number in range(8)],
-                lambda *given: replace(settings.on_policy.sampler(*given), suppress_eos=True),
+                replace(settings.on_policy.sampler, suppress_eos=True),
+                tokens_per_step=settings.on_policy.tokens_per_step,
                 length=length,
                 keys=[("rollout", number) for number in range(8)],
                 decode_rows=8,

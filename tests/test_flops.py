@@ -222,7 +222,7 @@ def endless(monkeypatch):
     monkeypatch.setattr(
         OnPolicySettings,
         "sampler",
-        lambda *given: replace(usual(*given), suppress_eos=True),
+        property(lambda own: replace(usual.fget(own), suppress_eos=True)),
     )
 
 
@@ -254,6 +254,7 @@ def test_writing_computes_what_the_formula_says(folders, endless, name):
             student,
             [[256, *range(first, first + prompt - 1)] for first in range(4)],
             own.sampler,
+            tokens_per_step=own.tokens_per_step,
             length=own.length,
             keys=[("rollout", number) for number in range(4)],
             decode_rows=4,
@@ -299,6 +300,7 @@ LEARNT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LEARNT)
 def test_a_step_with_rollouts_computes_what_the_formula_says(folders, tmp_path, endless, name):
     """All of it: writing, training, the teacher."""

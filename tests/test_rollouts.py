@@ -77,6 +77,7 @@ def written(denoiser, prompts=PROMPTS, chosen=None, *, seed=0, decode_rows=5, le
         denoiser,
         prompts,
         (chosen or settings()).sampler,
+        tokens_per_step=(chosen or settings()).tokens_per_step,
         length=length,
         keys=keys_of(prompts, seed),
         decode_rows=decode_rows,
@@ -101,8 +102,9 @@ def by_hand(denoiser, prompt, chosen, key, *, length=LENGTH):
     canvas = make_canvas(
         denoiser,
         [*prompt, *[MASK] * (total - len(prompt))],
-        chosen.sampler(total - len(prompt), denoiser.block_size),
+        chosen.sampler,
         key=key,
+        tokens_per_step=chosen.tokens_per_step,
     )
     before, commits = [canvas.ids_L.clone()], []
     for step in denoise(denoiser, [canvas]):
@@ -294,8 +296,8 @@ def test_a_static_number_of_tokens_a_step(per_step):
         if not rollout.ended:
             written_tokens = len(rollout.tokens_L) - len(prompt)
             assert rollout.decided == written_tokens
-            most = math.ceil(written_tokens / B) * math.ceil(B / per_step)
-            assert math.ceil(written_tokens / per_step) <= rollout.nfe <= most
+            of_block = Counter(i // B for i in range(len(prompt), len(rollout.tokens_L)))
+            assert rollout.nfe == sum(math.ceil(n / per_step) for n in of_block.values())
 
 
 def test_static_steps_go_with_blocks_at_every_length():

@@ -112,7 +112,8 @@ def rollout_batch(run: Run, step: int, samples: list[int]) -> MaskedBatch:
     """Rollouts in states of this step."""
     recipe, denoiser = run.recipe, run.denoiser
     rows, seed = rows_of(recipe, step)[1], recipe.train.seed
-    places = [chosen(recipe.on_policy, rows, seed, step, sample) for sample in samples]
+    every = step_rollouts(run, step)
+    places = [every[sample] for sample in samples]
     return state_batch(
         recipe.on_policy,
         on_rollouts(recipe.objective),
@@ -128,10 +129,22 @@ def rollout_batch(run: Run, step: int, samples: list[int]) -> MaskedBatch:
     )
 
 
+def step_rollouts(run: Run, step: int) -> list[tuple[int, int]]:
+    """(batch, number in it) of the rollouts of a step, over all processes."""
+    recipe, rows = run.recipe, rows_of(run.recipe, step)[1]
+    return [
+        chosen(recipe.on_policy, rows, recipe.train.seed, step, sample) for sample in range(rows)
+    ]
+
+
 def on_rollouts(objective: ObjectiveSettings) -> ObjectiveSettings:
     """The objective of rollouts: distillation, whatever share of it the text of others has."""
     return dataclasses.replace(
-        objective, kd_lambda=ObjectiveSettings.kd_lambda, kd_weight=None, ce_positions="all"
+        objective,
+        kd_lambda=ObjectiveSettings.kd_lambda,
+        kd_weight=None,
+        ce_positions="all",
+        ar_weight=0.0,
     )
 
 
@@ -180,6 +193,7 @@ def write_batch(run: Run, batch: int) -> list[Rollout]:
             run.denoiser,
             [prompts[int(places[number])] for number in mine],
             settings.sampler,
+            tokens_per_step=settings.tokens_per_step,
             length=limit,
             keys=[("rollout", seed, first + number) for number in mine],
             decode_rows=settings.decode_rows,

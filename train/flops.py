@@ -115,9 +115,8 @@ def learnt_rows(recipe: Recipe, student: Outline) -> list[Learnt]:
     for batch in rollout_batches(recipe):
         length = rollout_length(student, prompt, batch.limit)
         number, masked = states_of(recipe, student, length - prompt)
-        clean = own * (length - prompt) if recipe.objective.ar_weight else 0
         rows = RowShape(own, length, number)
-        found.append(Learnt(batch.steps / steps, rows, own * masked, clean, True, own=True))
+        found.append(Learnt(batch.steps / steps, rows, own * masked, 0, True, own=True))
     return found
 
 

@@ -57,8 +57,9 @@ class OnPolicySettings:
     block_length     tokens decoded together by a student without blocks; null = all
     states           round (one that each block passed through), complement (that and the one with masks
                      where it has none), all (every one of them), random (masks by objective)
-    eos              what is learnt of a text's end: padded (end tokens, to the end of the block), learnt
-                     (the end token, nothing behind it), published (not even that)
+    eos              what is learnt of a text's end: padded (end tokens, to the end of the block; without
+                     blocks of all that it had room for), learnt (the end token, nothing behind it),
+                     published (not even that)
     reduce           token: every masked token counts alike; rollout: every rollout does, as published
     replay           share of the rollout rows that come from earlier batches; 0 = off
     max_staleness    batches that a replayed one may be old
@@ -130,22 +131,17 @@ class OnPolicySettings:
             "on_policy.reduce=rollout with states=random: masks by the objective have its weights, too;"
             " set reduce=token",
         )
-        self.sampler(1)  # checks what the sampler has in common with this
+        _ = self.sampler  # checks what it has in common with this
 
     @property
     def active(self) -> bool:
         """Is anything learnt from rollouts?"""
         return self.fraction > 0
 
-    def sampler(self, length: int, block_size: int | None = None) -> SamplerSettings:
-        """How `length` tokens are written, by a student with blocks of `block_size`. Raises ConfigError
-        if that cannot be."""
-        steps = None  # by threshold, or one token a step
-        if self.tokens_per_step > 1:
-            size = min(self.block_length or block_size or length, length)
-            steps = math.ceil(length / size) * math.ceil(size / self.tokens_per_step)
+    @property
+    def sampler(self) -> SamplerSettings:
+        """How it is written, but for tokens_per_step. Raises ConfigError if that cannot be."""
         return SamplerSettings(
-            steps=steps,
             block_length=self.block_length,
             temperature=self.temperature,
             top_p=self.top_p,
@@ -163,11 +159,19 @@ class OnPolicySettings:
             f"on_policy.fraction={self.fraction} of train.batch_rows={batch_rows} is {found:g} rows; make"
             " it a whole number of them",
         )
+        old = self.replay * rows
+        require(
+            not self.active
+            or not self.replay
+            or (abs(old - round(old)) < 1e-6 and 1 <= old < rows),
+            f"on_policy.replay={self.replay} of {rows} rows of rollouts a step is {old:g}; make it a whole"
+            " number of them, and leave one for new ones",
+        )
         return rows
 
     def new_rows(self, rows: int) -> int:
-        """How many of a step's `rows` rollouts are new ones once some can be replayed; at least one."""
-        return max(1, rows - round(self.replay * rows))
+        """How many of a step's `rows` rollouts are new ones once some can be replayed."""
+        return rows - round(self.replay * rows)
 
 
 # --- how long rollouts may be ------------------------------------------------------------------------

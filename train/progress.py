@@ -111,7 +111,7 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if not path.is_file():
         return
     # Not splitlines(): text has other line separators in it, which JSON leaves as they are.
-    for line in path.read_text(encoding="utf-8").split("\n"):
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             yield line, json.loads(line)
         except ValueError:

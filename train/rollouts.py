@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -65,17 +65,17 @@ class Rollout:
 def roll_out(
     denoiser: Denoiser,
     prompts: Sequence[Sequence[int]],
-    sampler: Callable[[int, int | None], SamplerSettings],
+    settings: SamplerSettings,
     *,
+    tokens_per_step: int = 1,
     length: int,
     keys: Sequence[Key],
     decode_rows: int,
 ) -> list[Rollout]:
     """Continue each prompt by at most `length` tokens and, in a model with blocks, to the end of a block.
 
-    `sampler` gives the settings for a number of tokens and the model's blocks, `keys` name the random
-    numbers. The model is in eval mode meanwhile. Raises ConfigError if prompt and response do not fit into
-    the context.
+    `keys` name the random numbers, `tokens_per_step` is as in make_canvas. The model is in eval mode
+    meanwhile. Raises ConfigError if prompt and response do not fit into the context.
     """
     vocab, block_size = denoiser.vocab, denoiser.block_size or 1
     canvases = []
@@ -83,7 +83,7 @@ def roll_out(
         total = -(-(len(prompt) + length) // block_size) * block_size
         ids = [*prompt, *[denoiser.mask_id] * (total - len(prompt))]
         canvases.append(
-            make_canvas(denoiser, ids, sampler(total - len(prompt), denoiser.block_size), key=key)
+            make_canvas(denoiser, ids, settings, key=key, tokens_per_step=tokens_per_step)
         )
     log_probs: list[list[torch.Tensor]] = [[] for _ in canvases]
     was_training = denoiser.training

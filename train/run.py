@@ -151,7 +151,7 @@ def start(recipe: Recipe, folder: Path) -> Run:
     torch.manual_seed(settings.seed)
     denoiser = with_adapters(initial_student(recipe), settings)
     check_blocks(recipe.objective, recipe.data, denoiser)
-    check_decoding(denoiser, recipe.on_policy.sampler(1, denoiser.block_size))
+    check_decoding(denoiser, recipe.on_policy.sampler)
     teacher = open_teacher(recipe, denoiser.vocab)
     if recipe.target.kind == "embedding" and isinstance(teacher, ARTeacher):
         denoiser.projection = projection(denoiser, teacher)
@@ -354,7 +354,8 @@ def told_loss(recipe: Recipe) -> str:
     meaning = loss_meaning(recipe.objective, recipe.masks)
     own = shares(settings, rows, recipe.train.steps - 1)[1]
     if not own:
-        return meaning
+        never = f"on_policy.start_step={settings.start_step} is not before the last step"
+        return f"{meaning}; there are no rollouts, as {never}" if settings.active else meaning
     rollouts = (
         "the teacher's divergence alone, no likelihood bound, on rollouts of the student:"
         f" {own} of {rows} rows a step, new ones every {settings.steps_per_batch} steps"
@@ -362,7 +363,8 @@ def told_loss(recipe: Recipe) -> str:
     start = settings.start_step
     if own == rows and not start:
         return rollouts
-    return f"{meaning}, on the data; {f'after {start} steps ' if start else ''}beside it {rollouts}"
+    beside = "then" if own == rows else "beside it"
+    return f"{meaning}, on the data; {f'after {start} steps, ' if start else ''}{beside} {rollouts}"
 
 
 def results_of(outcome: Outcome) -> dict[str, Any]:

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from .rollouts import Rollout
 
 GIVEN = -1  # step of a token that was in the prompt
-NEVER = 2**15 - 1  # step of a token that was still a mask when its text had ended
+NEVER = 2**31 - 1  # step of a token that was still a mask when its text had ended
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,15 @@ from torch.nn.parallel import DistributedDataParallel
 from mdm.errors import ConfigError, TrainingError
 
 from . import processes
-from .batches import SAMPLES, micro_batches, renew_rollouts, rows_of, step_rows
+from .batches import (
+    SAMPLES,
+    micro_batches,
+    on_rollouts,
+    renew_rollouts,
+    rows_of,
+    step_rollouts,
+    step_rows,
+)
 from .loss_sums import loss_sums, next_tokens
 from .masking import MaskedBatch
 from .objective import term_weights
@@ -43,7 +51,7 @@ from .sharding import clip_gradients
 from .state import load_state, saved_steps
 from .targets import Measured, with_agreement
 
-SMALLEST = 1e-6  # of a denominator; with reduce=rollout and few rows it may be below 1
+SMALLEST = 1e-6  # of a denominator; with on_policy.states=all it may be below 1
 
 
 def train(recipe: Recipe, folder: Path) -> Outcome:
@@ -179,6 +187,8 @@ def text_weights(run: Run, step: int) -> tuple[tuple[float, ...], tuple[float, .
 def step_terms(run: Run, batch: MaskedBatch, share: float, measured: Measured) -> torch.Tensor:
     """(3,) the sums of one micro-batch on the device (loss_sums.py); targets are noted in `measured`."""
     objective, targets = run.recipe.objective, None
+    if batch.own_text:
+        objective = on_rollouts(objective)
     if run.ask is not None and share > 0:
         targets = run.ask(batch, run.denoiser)
         measured.add(with_agreement(targets, batch.x0_BL[batch.distilled_BL], batch.own_text))
@@ -188,7 +198,10 @@ def step_terms(run: Run, batch: MaskedBatch, share: float, measured: Measured) -
 def diverged(run: Run, step: int, numbers: str) -> NoReturn:
     """Keep the weights from before this step and raise a TrainingError that names its rows."""
     save(run, step)
-    rows = ", ".join(map(str, step_rows(run, step)[:16]))
+    rows = ", ".join(map(str, step_rows(run, step)[:16])) or "none"
+    if own := step_rollouts(run, step):
+        named = ", ".join(f"{number} of batch {batch}" for batch, number in own[:16])
+        rows += f", and of {run.folder / 'rollouts'} those with the numbers {named}"
     raise TrainingError(
         f"not finite at step {step + 1} ({numbers}); training rows of that step in"
         f" {run.folder / 'data'}: {rows}. The weights before it are kept in"
