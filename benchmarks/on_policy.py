@@ -7,7 +7,10 @@ that end early have fewer tokens, and equal seeds take other prompts of the file
     ce_corpus        cross-entropy on what stood behind the prompts
     ce_teacher       cross-entropy on what the teacher wrote behind them (T = 1)
     off_policy       divergence to the teacher's next-token distributions on that
-    on_policy        the same on the student's own rollouts, in states it went through (OPDLM as published)
+    on_policy        the same on the student's own rollouts, in states it went through (OPDLM as published,
+                     but for the shift)
+    on_policy_8      the same among the teacher's 8 likeliest tokens; what is outside is not learnt
+    on_policy_left_8 the same from the left alone, scored as the next: its control
     on_policy_right  on such states, targets that see what is visible to the right in the block
     margin, margin_right  the same two, with rollouts that decide by the margin of the distributions and
                      not by the probability of the draw (docs/on_policy.md, the fixed point)
@@ -68,6 +71,13 @@ DRAWN, DRAWN_AT = "drawn", 0.9  # a way to write: temperature 1, at the threshol
 CONTROL = "ce_corpus"
 _CE = ("objective.kd_lambda=0",)
 _KD = ("objective.kd_lambda=1", "target.kind=left", "target.top_k=0")
+# Unlike the right-aware targets, which have no mass outside their candidates, this does not touch it.
+_FEW = (
+    "objective.kd_lambda=1",
+    "target.kind=left",
+    "target.top_k=8",
+    "objective.tail=renormalise",
+)
 _RIGHT = ("objective.kd_lambda=1", "target.kind=suffix", "target.candidates=8")
 _PUBLISHED = (
     "on_policy.fraction=1",
@@ -82,6 +92,8 @@ ARMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "ce_teacher": (TEACHER_TEXT, _CE),
     "off_policy": (TEACHER_TEXT, _KD),
     "on_policy": (TEACHER_TEXT, (*_KD, *_PUBLISHED, *_BY_DRAW)),
+    "on_policy_8": (TEACHER_TEXT, (*_FEW, *_PUBLISHED, *_BY_DRAW)),
+    "on_policy_left_8": (TEACHER_TEXT, (*_RIGHT, "target.block=1", *_PUBLISHED, *_BY_DRAW)),
     "on_policy_right": (TEACHER_TEXT, (*_RIGHT, *_PUBLISHED, *_BY_DRAW)),
     "margin": (TEACHER_TEXT, (*_KD, *_PUBLISHED, *_BY_MARGIN)),
     "margin_right": (TEACHER_TEXT, (*_RIGHT, *_PUBLISHED, *_BY_MARGIN)),
@@ -136,7 +148,12 @@ class OnPolicyBench:
             values = getattr(self, name)
             require(bool(values), f"{name} must name at least one")
             require(len({*values}) == len(values), f"{name} must differ; got {values}")
-        for name, least in (("samples", 2), ("holes", 2), ("eval_rows", 2), ("steps", 1)):
+        for threshold in self.thresholds:
+            require(0 < threshold <= 1, f"thresholds must be in (0, 1]; got {threshold}")
+        for name, least in (
+            ("samples", 2), ("holes", 2), ("eval_rows", 2), ("eval_draws", 1), ("steps", 1),
+            ("documents", 1), ("steps_per_batch", 1),
+        ):  # fmt: skip
             value = getattr(self, name)
             require(value >= least, f"{name} must be >= {least}; got {value}")
         total = self.prompt_tokens + 1 + self.length
@@ -223,6 +240,8 @@ def made_texts(settings: OnPolicyBench, runs: Path, say: Callable[[str], None]) 
         settings.length,
         settings.documents,
         base.data.sources,
+        base.data.extensions,
+        base.data.max_file_kib,
     ]
     folder = runs / f"text-{short_hash(asked)}"
     numbers = folder / "numbers.json"
@@ -513,7 +532,7 @@ def results_of(
         }
         found[str(block)] = {
             "runs": runs,
-            "differences": comparisons(fixed, (CONTROL, "on_policy")),
+            "differences": comparisons(fixed, (CONTROL, "on_policy", "on_policy_8")),
         }
     return found
 

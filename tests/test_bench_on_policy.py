@@ -83,6 +83,10 @@ def test_a_study_of_the_embedded_model_is_possible():
         assert recipes["on_policy"].target.top_k == 0
         assert recipes["on_policy_right"].target.block == block
         assert published.remasking == "low_confidence"
+        few, right = recipes["on_policy_8"], recipes["on_policy_right"]
+        assert few.on_policy == right.on_policy == published
+        assert few.target.top_k == right.target.candidates == 8
+        assert (few.objective.tail, few.target.kind) == ("renormalise", "left")
         assert recipes["on_policy_right"].on_policy == published
         by_margin = replace(published, remasking="margin")
         assert recipes["margin"] == replace(

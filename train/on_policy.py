@@ -22,7 +22,7 @@ import torch
 from mdm.canvas import SamplerSettings
 from mdm.config import require
 from mdm.diffusion import generator
-from mdm.errors import check_known
+from mdm.errors import ConfigError, check_known
 
 from .states import EOS_RULES, STATES
 
@@ -34,8 +34,9 @@ class OnPolicySettings:
     fraction         share of a step's rows that are rollouts, and the weight of their term in the loss;
                      1 = nothing else; 0 = off
     start_step       steps that learn from the data alone, before the first rollouts
-    prompts          sources of prompts, as in data.sources; [] = those of data. Documents that are held
-                     out are never prompts
+    prompts          sources of prompts, as in data.sources; [] = those of data, whose held-out documents
+                     are never prompts (known by content, or by the origin that rows name: of the same
+                     rows in another form they can be)
     prompt_tokens    of a plain text that make its prompt; 0 = the start token alone
     max_prompt_tokens  longer prompts are left out
     max_prompts      read no more than these; null = all
@@ -131,7 +132,10 @@ class OnPolicySettings:
             "on_policy.reduce=rollout with states=random: masks by the objective have its weights, too;"
             " set reduce=token",
         )
-        _ = self.sampler  # checks what it has in common with this
+        try:
+            _ = self.sampler  # checks what it has in common with this
+        except ConfigError as error:
+            raise ConfigError(f"on_policy: {error}") from error
 
     @property
     def active(self) -> bool:

@@ -66,17 +66,20 @@ def write_prompts(
     names = settings.prompts or data.sources
     sources = [open_prompts(name, data.extensions, data.max_file_kib) for name in names]
     skips = Skips()
-    documents = (
-        document
-        for document in read_in_turn(sources, skips)
-        if document.split_hash(data.split_seed) >= held_out_below
-    )
+
+    def trained_on() -> Iterator[Document]:
+        for document in read_in_turn(sources, skips):
+            if document.split_hash(data.split_seed) >= held_out_below:
+                yield document
+            else:
+                skips.add("held out", document.origin)
+
     seen: set[tuple[int, ...]] = set()
     with replacing(folder) as draft:
         tokens = GrowingArray(draft / "tokens.npy", "<i4")
         ends = GrowingArray(draft / "ends.npy", "<i8")
         try:
-            for ids in prompt_ids(documents, vocab, settings, skips):
+            for ids in prompt_ids(trained_on(), vocab, settings, skips):
                 if tuple(ids) in seen:
                     continue
                 seen.add(tuple(ids))
