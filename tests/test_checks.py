@@ -11,6 +11,7 @@ from mdm.train.dataset import DataSettings
 from mdm.train.lambdas import MixSettings
 from mdm.train.masking import MASKINGS
 from mdm.train.objective import ObjectiveSettings, loss_meaning
+from mdm.train.on_policy import OnPolicySettings
 from mdm.train.placement import BY_CHUNK, PLACES, MaskSettings
 from mdm.train.recipe import Recipe, TeacherSettings
 from mdm.train.targets import TargetSettings
@@ -233,3 +234,11 @@ def test_what_every_loss_means_is_said():
             )
             exact = masking != "clipped" and where not in ("weighted", "chunks_published")
             assert found.startswith("the likelihood bound") is exact
+
+
+def test_targets_of_rollouts_are_checked_if_the_data_have_none():
+    objective = ObjectiveSettings(kd_lambda=0.0, divergence="reverse_kl")
+    target = TargetSettings(kind="suffix")
+    check_objective(objective, target)
+    with pytest.raises(ConfigError, match="reverse_kl means nothing"):
+        check_objective(objective, target, on_policy=OnPolicySettings(fraction=1))
