@@ -334,6 +334,7 @@ def test_left_only_targets_and_a_sampler_that_looks_at_what_it_drew_never_settle
     assert float((learn_once(p_SnV, rule, kinds["left"]) - p_SnV).abs().max()) > 0.01
 
 
+@pytest.mark.slow
 def test_tokens_decided_together_are_independent_whatever_the_target():
     ends = {
         (threshold, kind): mean(ends_at(all_above(threshold, "best"), kind, 1.0, pace=0.6))
@@ -359,6 +360,7 @@ def test_the_choice_of_states_does_not_move_right_aware_fixed_points(order, choi
         assert total_variation(sampled_joint(p_SnV, DECODING[order]), joint_Z) < EXACT
 
 
+@pytest.mark.slow
 def test_learning_only_what_was_decided_lets_the_start_choose_the_order():
     """Positions that are never decided first are never learnt there, and so never become sure."""
     rule = DECODING["surest position"]

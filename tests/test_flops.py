@@ -244,6 +244,7 @@ WRITTEN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRITTEN)
 def test_writing_computes_what_the_formula_says(folders, endless, name):
     settings = on_policy(folders, **WRITTEN[name])

@@ -261,6 +261,7 @@ def test_a_block_does_not_depend_on_other_blocks():
 # --- all and complement ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("block_size", [0, 1, 4])
 def test_all_states_weigh_what_is_expected_of_one(block_size, rule):
