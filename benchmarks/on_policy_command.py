@@ -7,33 +7,17 @@ from typing import Any
 
 import click
 
-
-def _parts(_context: click.Context, _option: click.Parameter, value: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in value.split(",") if part.strip())
-
-
-def _numbers(context: click.Context, option: click.Parameter, value: str) -> tuple[int, ...]:
-    parts = _parts(context, option, value)
-    if not all(part.isdecimal() for part in parts):
-        raise click.BadParameter(f"must be whole numbers like 0,1,2; got {value!r}")
-    return tuple(map(int, parts))
-
-
-def _shares(context: click.Context, option: click.Parameter, value: str) -> tuple[float, ...]:
-    try:
-        return tuple(map(float, _parts(context, option, value)))
-    except ValueError as error:
-        raise click.BadParameter(f"must be numbers like 0.8,1; got {value!r}") from error
+from .option_lists import numbers, parts, shares
 
 
 @click.command("on-policy")
 @click.option("--model", default="embedded", show_default=True,
               help="AR model that students begin as, and their teacher.")  # fmt: skip
-@click.option("--arms", default="", callback=_parts,
+@click.option("--arms", default="", callback=parts,
               help="Names, like off_policy,on_policy; ce_corpus comes along.  [default: all]")  # fmt: skip
-@click.option("--blocks", default="4,8,16", show_default=True, callback=_numbers,
+@click.option("--blocks", default="4,8,16", show_default=True, callback=numbers,
               help="Sizes of blocks.")  # fmt: skip
-@click.option("--seeds", default="0,1,2", show_default=True, callback=_numbers,
+@click.option("--seeds", default="0,1,2", show_default=True, callback=numbers,
               help="Of rows, masks, rollouts and holes.")  # fmt: skip
 @click.option("--steps", default=10, show_default=True, help="Of each student.")
 @click.option("--rows", default=2, show_default=True, help="Rows in a step.")
@@ -43,7 +27,7 @@ def _shares(context: click.Context, option: click.Parameter, value: str) -> tupl
 @click.option("--learning-rate", default=1e-4, show_default=True, help="Of all students.")
 @click.option("--steps-per-batch", default=5, show_default=True,
               help="Steps that learn from a batch of rollouts.")  # fmt: skip
-@click.option("--thresholds", default="0.5,0.8,0.9,1.0", show_default=True, callback=_shares,
+@click.option("--thresholds", default="0.5,0.8,0.9,1.0", show_default=True, callback=shares,
               help="At which students write greedily, to be judged.")  # fmt: skip
 @click.option("--samples", default=4, show_default=True, help="Texts at each of them.")
 @click.option("--eval-rows", default=12, show_default=True, help="Held-out rows of either text.")

@@ -7,22 +7,13 @@ from typing import Any
 
 import click
 
-
-def _parts(_context: click.Context, _option: click.Parameter, value: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in value.split(",") if part.strip())
-
-
-def _numbers(context: click.Context, option: click.Parameter, value: str) -> tuple[int, ...]:
-    parts = _parts(context, option, value)
-    if not all(part.isdecimal() for part in parts):
-        raise click.BadParameter(f"must be whole numbers like 0,1,2; got {value!r}")
-    return tuple(map(int, parts))
+from .option_lists import numbers, parts
 
 
 @click.command()
-@click.option("--arms", default="", callback=_parts,
+@click.option("--arms", default="", callback=parts,
               help="Names, like kl,tidal; controls come with them.  [default: all]")  # fmt: skip
-@click.option("--seeds", default="0,1,2", show_default=True, callback=_numbers,
+@click.option("--seeds", default="0,1,2", show_default=True, callback=numbers,
               help="Of masks, rows and holes.")  # fmt: skip
 @click.option("--steps", default=40, show_default=True, help="Of each student.")
 @click.option("--teacher-steps", default=100, show_default=True, help="Of the teacher.")

@@ -7,23 +7,14 @@ from typing import Any
 
 import click
 
-
-def _names(_context: click.Context, _option: click.Parameter, value: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in value.split(",") if part.strip())
-
-
-def _numbers(context: click.Context, option: click.Parameter, value: str) -> tuple[int, ...]:
-    parts = _names(context, option, value)
-    if not all(part.isdecimal() for part in parts):
-        raise click.BadParameter(f"must be whole numbers like 0,1,2; got {value!r}")
-    return tuple(map(int, parts))
+from .option_lists import numbers, parts
 
 
 @click.command()
-@click.option("--arms", default="", callback=_names, help="Names, like ce,mapped.  [default: all]")
-@click.option("--seeds", default="0,1,2", show_default=True, callback=_numbers,
+@click.option("--arms", default="", callback=parts, help="Names, like ce,mapped.  [default: all]")
+@click.option("--seeds", default="0,1,2", show_default=True, callback=numbers,
               help="Of masks, rows and first weights.")  # fmt: skip
-@click.option("--sources", default="stdlib", show_default=True, callback=_names, help="The corpus.")
+@click.option("--sources", default="stdlib", show_default=True, callback=parts, help="The corpus.")
 @click.option("--documents", default=400, show_default=True, help="That tokenizers are learnt on.")
 @click.option("--small", default=2**10, show_default=True, help="Tokens of the student.")
 @click.option("--large", default=2**12, show_default=True, help="Tokens of the other teacher.")

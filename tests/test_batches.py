@@ -23,6 +23,7 @@ from mdm.errors import ConfigError
 from mdm.train import batches, processes
 from mdm.train.batches import micro_batches, renew_rollouts, rows_of, step_rows
 from mdm.train.on_policy import chosen
+from mdm.train.rollouts import Rollout
 from mdm.train.run import start
 from mdm.train.states import GIVEN, NEVER
 from mdm.train.trainer import train_step
@@ -497,3 +498,22 @@ def test_no_two_rollouts_have_the_same_random_numbers(settings, tmp_path):
     ]
     assert len(set(texts)) == len(texts) == 24
     assert len({text[:2] for text in texts}) == 1
+
+
+def test_a_denominator_may_be_below_one(settings, tmp_path, monkeypatch):
+    """One token that is learnt in one of four states: counted by token or by rollout, the mean is the same."""
+    losses = []
+    for reduce in ("token", "rollout"):
+        on_policy = {"states": "all", "eos": "published", "reduce": reduce, "steps_per_batch": 1}
+        train = {"batch_rows": 1, "micro_rows": 1}
+        run = new(settings(on_policy=on_policy, train=train), tmp_path / reduce)
+        tokens_L = torch.tensor([256, 65, 66, 67, 68, END, 69, 70])
+        steps_L = torch.tensor([GIVEN, GIVEN, GIVEN, GIVEN, 0, 1, 2, 3])
+        written = [Rollout(tokens_L, steps_L, True, 4, 4, -1.0)]
+        monkeypatch.setattr(batches, "write_batch", lambda *_, written=written: written)
+        renew_rollouts(run, 0)
+        (batch,) = micro_batches(run, 0)
+        assert batch.kd_denominator == (0.25 if reduce == "token" else 1.0)
+        losses.append(train_step(run, 0)["on_policy"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0] > 0

@@ -296,12 +296,14 @@ def test_a_threshold_that_changes_nothing_is_not_written_again(done, monkeypatch
     asked, real = [], bench.written_by
 
     def noted(*arguments):
-        asked.append(arguments[-1].threshold)
+        wanted = arguments[-1]
+        assert wanted.remasking == "low_confidence"
+        asked.append((wanted.threshold, wanted.temperature))
         return real(*arguments)
 
     monkeypatch.setattr(bench, "written_by", noted)
     found = bench.all_written(settings, recipe, student, data)
-    assert asked == [0.001, 0.999, bench.DRAWN_AT]
+    assert asked == [(0.001, 0.0), (0.999, 0.0), (0.9, 1.0)]
     assert [*found] == ["0.001", "0.999", "1", bench.DRAWN]
     one = bench.OnPolicySettings(threshold=1.0, temperature=0.0, remasking="low_confidence")
     again = real(settings, recipe, student, data, one)

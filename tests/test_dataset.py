@@ -448,3 +448,16 @@ def test_rows_cut_from_one_file_are_on_one_side_of_the_split(tmp_path):
             sides.setdefault(learnt, set()).add(name)
     assert set(sides) == set("abcdef")
     assert all(len(names) == 1 for names in sides.values())
+
+
+def test_rows_of_an_earlier_version_are_made_again(tmp_path, code):
+    """They do not say which documents are held out, which the prompts of rollouts have to know."""
+    folder = tmp_path / "out"
+    before = prepare(settings(str(code)), VOCAB, folder)
+    assert prepare(settings(str(code)), VOCAB, folder).reused
+    manifest = dict(before.manifest)
+    del manifest["held_out_below"]
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    again = prepare(settings(str(code)), VOCAB, folder)
+    assert not again.reused
+    assert again.manifest["held_out_below"] == before.manifest["held_out_below"]

@@ -823,3 +823,10 @@ def test_opdlm_recipes_say_how_the_published_form_is_had(name):
     if not name.endswith("two-phase"):
         assert (settings.student.attention, settings.student.shift) == ("block", False)
         assert (settings.on_policy.eos, settings.on_policy.reduce) == ("published", "rollout")
+
+
+def test_the_time_of_rollouts_is_said_to_be_longer(ar, tmp_path):
+    line = "and more than that: forwards of rollouts come one after another"
+    assert line in describe(rolled(ar, tmp_path))
+    assert line in describe(rolled(ar, tmp_path), 1, 2.0)
+    assert line not in describe(rolled(ar, tmp_path, on_policy={"fraction": 0.0}))

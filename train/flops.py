@@ -312,8 +312,14 @@ def describe_computing(
     needed = f"{duration(step * steps, rate, processes)} at {rate:g} TFLOP/s a process"
     shared = f", of {processes}" if processes > 1 else ""
     if tflops:
-        return [*lines, f"time        about {needed}{shared}"]
-    return [
-        *lines,
-        f"time        depends on the machine; for example {needed}{shared} (your rate: --tflops)",
-    ]
+        lines.append(f"time        about {needed}{shared}")
+    else:
+        lines.append(
+            f"time        depends on the machine; for example {needed}{shared} (your rate: --tflops)"
+        )
+    if rollout_batches(recipe):
+        lines.append(
+            "            and more than that: forwards of rollouts come one after another, and each computes"
+            " little"
+        )
+    return lines

@@ -55,7 +55,7 @@ class OnPolicySettings:
     remasking        which tokens are decided first: margin, entropy or random, which have the text drawn
                      from the student as it is, or low_confidence as published, which makes likely texts
                      likelier
-    block_length     tokens decoded together by a student without blocks; null = all
+    block_length     tokens decoded together; null = a block, or all of a student without blocks
     states           round (one that each block passed through), complement (that and the one with masks
                      where it has none), all (every one of them), random (masks by objective)
     eos              what is learnt of a text's end: padded (end tokens, to the end of the block; without
@@ -100,8 +100,7 @@ class OnPolicySettings:
         for name, least in (
             ("start_step", 0), ("prompt_tokens", 0), ("max_prompt_tokens", 1), ("max_prompts", 1),
             ("length", 1), ("first_length", 1), ("growth_batches", 0), ("steps_per_batch", 1),
-            ("decode_rows", 1),
-            ("tokens_per_step", 1), ("max_staleness", 1), ("samples", 0),
+            ("decode_rows", 1), ("tokens_per_step", 1), ("max_staleness", 1), ("samples", 0),
         ):  # fmt: skip
             value = getattr(self, name)
             require(
