@@ -501,7 +501,7 @@ def test_no_two_rollouts_have_the_same_random_numbers(settings, tmp_path):
 
 
 def test_a_denominator_may_be_below_one(settings, tmp_path, monkeypatch):
-    """One token that is learnt in one of four states: counted by token or by rollout, the mean is the same."""
+    """One token, learnt in one of four states: counted by token or by rollout, the mean is the same."""
     losses = []
     for reduce in ("token", "rollout"):
         on_policy = {"states": "all", "eos": "published", "reduce": reduce, "steps_per_batch": 1}
