@@ -13,10 +13,12 @@ import torch
 from .cache import Prefix
 from .config import require
 from .errors import check_known
-from .remasking import PROBABILITIES, REMASKING
+from .remasking import REMASKING
+from .rules import CONFIDENCES, RULES
 from .schedule import tokens_due
 
 COMPAT = ("default", "llada")
+CACHES = ("none", "prefix", "dual")
 
 Prefixes = tuple[Prefix, Prefix]
 NOTHING_READ: Prefixes = (Prefix(), Prefix())
@@ -33,10 +35,17 @@ class SamplerSettings:
     top_p         proposals come from the likeliest tokens that hold this probability; 1 = all
     remasking     which proposals are kept: low_confidence, random, margin or entropy
     threshold     keep every proposal at least this sure, one a step if none is; null = by steps
+    factor        keep the n surest while (n + 1)(1 - confidence of the n-th) is below this; null = by steps
+    entropy_bound keep the surest while the entropies of all but the last sum to this, nats (needs
+                  remasking=entropy); null = by steps
     cfg_scale     s of guidance, logits = (1+s)·conditional - s·unconditional; 0 = off
     suppress_eos  never propose the end token (LLaDA's logits_eos_inf)
     eos_last      keep an end token only when nothing else is left (confidence_eos_eot_inf)
     stop_at_eos   close a row once an end token is reached without a gap before it
+    cache         approximate, of a model without blocks: "prefix" keeps keys and values of what stands
+                  before the current block, "dual" of all that is not in it; "none" = exact. A model with
+                  blocks has an exact cache, always
+    refresh       steps after which an approximate cache is made anew; null = at the start of a block
     compat        "llada" reproduces the published sampler with its oddities; default: fixed
     """
 
@@ -46,14 +55,18 @@ class SamplerSettings:
     top_p: float = 1.0
     remasking: str = "low_confidence"
     threshold: float | None = None
+    factor: float | None = None
+    entropy_bound: float | None = None
     cfg_scale: float = 0.0
     suppress_eos: bool = False
     eos_last: bool = False
     stop_at_eos: bool = True
+    cache: str = "none"
+    refresh: int | None = None
     compat: str = "default"
 
     def __post_init__(self) -> None:
-        for name in ("steps", "block_length"):
+        for name in ("steps", "block_length", "refresh"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name} must be at least 1; got {value}")
         for name in ("temperature", "cfg_scale"):
@@ -62,25 +75,54 @@ class SamplerSettings:
         require(0 < self.top_p <= 1, f"top_p must be in (0, 1] (1 = all tokens); got {self.top_p}")
         check_known("remasking strategy", self.remasking, REMASKING)
         check_known("compat mode", self.compat, COMPAT)
+        check_known("cache", self.cache, CACHES)
         if self.threshold is not None:
-            self._check_threshold(self.threshold)
+            require(0 < self.threshold <= 1, f"threshold must be in (0, 1]; got {self.threshold}")
+        if self.factor is not None:
+            require(0 < self.factor < math.inf, f"factor must be > 0; got {self.factor}")
+        if self.entropy_bound is not None:
+            require(
+                0 <= self.entropy_bound < math.inf,
+                f"entropy_bound must be >= 0; got {self.entropy_bound}",
+            )
+        self._check_rule()
         require(
-            self.top_p == 1 or self.compat != "llada",
-            f"the published sampler has no top_p; got {self.top_p} with compat=llada",
+            self.refresh is None or self.cache != "none",
+            f"refresh={self.refresh} is for an approximate cache; choose cache=prefix or cache=dual",
         )
+        if self.compat == "llada":
+            require(
+                self.top_p == 1,
+                f"the published sampler has no top_p; got {self.top_p} with compat=llada",
+            )
+            require(
+                self.cache == "none",
+                f"the published sampler has no cache; got {self.cache} with compat=llada",
+            )
 
-    def _check_threshold(self, threshold: float) -> None:
-        require(0 < threshold <= 1, f"threshold must be in (0, 1]; got {threshold}")
+    def _check_rule(self) -> None:
+        given = [name for name in RULES if getattr(self, name) is not None]
+        if not given:
+            return
+        require(
+            len(given) == 1, f"{' and '.join(given)} are rules that exclude each other; give one"
+        )
+        (rule,) = given
         require(
             self.steps is None,
-            f"threshold decides how many steps there are; leave steps out (got {self.steps})",
+            f"{rule} decides how many steps there are; leave steps out (got {self.steps})",
         )
         require(
-            self.remasking in PROBABILITIES,
-            f"threshold needs a confidence between 0 and 1: remasking {' or '.join(PROBABILITIES)};"
-            f" got {self.remasking!r}",
+            self.remasking in CONFIDENCES[rule],
+            f"{rule} needs another confidence: remasking {' or '.join(CONFIDENCES[rule])}; got"
+            f" {self.remasking!r}",
         )
-        require(self.compat != "llada", "the published sampler has no threshold")
+        require(self.compat != "llada", f"the published sampler has no {rule}")
+
+    @property
+    def rule(self) -> str | None:
+        """The rule that decides how many proposals are kept; None = a fixed schedule."""
+        return next((name for name in RULES if getattr(self, name) is not None), None)
 
 
 @dataclasses.dataclass
@@ -144,8 +186,8 @@ class Canvas:
         self.open_L[decided_k] = False
         self.decided_L[decided_k] = self.step
         self.step += 1
-        # A step of a schedule is one step however many it decided; by threshold, one due is one token.
-        del self.due[: 1 if self.settings.threshold is None else len(positions_k)]
+        # A step of a schedule is one step however many it decided; by a rule, one due is one token.
+        del self.due[: 1 if self.settings.rule is None else len(positions_k)]
         if not self.due:
             self._leave_block()
             self.enter_block()

@@ -62,11 +62,3 @@ PROBABILITIES = ("low_confidence", "margin")
 def keep_highest(confidence_n: torch.Tensor, count: int) -> torch.Tensor:
     """Indices of the `count` highest confidences (all, if there are fewer); ties go to the lowest index."""
     return confidence_n.argsort(descending=True, stable=True)[:count]
-
-
-def keep_above(confidence_n: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Indices of the confidences >= threshold, highest first; of the highest one if there is none.
-
-    Fast-dLLM, arXiv 2505.22618, section 3.3.
-    """
-    return keep_highest(confidence_n, max(1, int((confidence_n >= threshold).sum())))

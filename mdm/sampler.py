@@ -24,7 +24,8 @@ from .diffusion import generator
 from .errors import ConfigError
 from .grid import BlockGrid
 from .llada import published_commits
-from .remasking import REMASKING, keep_above, keep_highest
+from .remasking import REMASKING, keep_highest
+from .rules import kept
 from .schedule import shared_steps
 
 Key = tuple[int | str, ...]
@@ -51,7 +52,7 @@ def make_canvas(
 
     `key` names its random numbers: equal keys, equal text, whatever else is in the batch. `padding`
     leading positions are ignored by attention (full canvas only). Where the settings give neither steps
-    nor threshold, `tokens_per_step` are decided in each, fewer in the last one of a block. A model with
+    nor a rule, `tokens_per_step` are decided in each, fewer in the last one of a block. A model with
     blocks sees of the text after a hole what stands in the hole's last block and nothing further on: it was
     trained so.
     Raises ConfigError if the canvas is longer than the context or has no token before its first mask,
@@ -102,8 +103,8 @@ def block_steps(
     """
     steps = settings.steps
     if steps is None:
-        # By threshold this is how many steps there are at most.
-        each = tokens_per_step if settings.threshold is None else 1
+        # By a rule this is how many steps there are at most.
+        each = tokens_per_step if settings.rule is None else 1
         return [-(-count // each) for count in counts]
     if denoiser.block_size is not None:
         return shared_steps(counts, steps)
@@ -120,6 +121,11 @@ def check_blocks(denoiser: Denoiser, settings: SamplerSettings) -> None:
     size, length = denoiser.block_size, settings.block_length
     if size is None:
         return
+    if settings.cache != "none":
+        raise ConfigError(
+            f"cache={settings.cache} is an approximation for models without blocks; this one denoises in"
+            f" blocks of {size} and has an exact cache, so leave cache out"
+        )
     if settings.compat != "default":
         raise ConfigError(
             f"compat={settings.compat} is a sampler for models without blocks, but this one denoises"
@@ -207,10 +213,7 @@ def denoise_step(denoiser: Denoiser, canvases: dict[int, Canvas]) -> Decision:
         block = canvas.blocks[0]
         open_n = canvas.open_L[block].nonzero()[:, 0] + block.start
         proposals_n, confidence_n, log_prob_n = propose(logits_nV, canvas, denoiser.vocab.eos_id)
-        if canvas.settings.threshold is None:
-            kept_k = keep_highest(confidence_n, canvas.due[0])
-        else:
-            kept_k = keep_above(confidence_n, canvas.settings.threshold)
+        kept_k = keep_highest(confidence_n, number_kept(canvas, confidence_n))
         commits.append(
             Commit(
                 row,
@@ -221,6 +224,14 @@ def denoise_step(denoiser: Denoiser, canvases: dict[int, Canvas]) -> Decision:
             )
         )
     return Decision(tuple(commits), dict(zip(canvases, prefixes, strict=True)))
+
+
+def number_kept(canvas: Canvas, confidence_n: torch.Tensor) -> int:
+    """How many of the proposals with these confidences are kept now."""
+    rule = canvas.settings.rule
+    if rule is None:
+        return canvas.due[0]
+    return kept(rule, getattr(canvas.settings, rule), sorted(confidence_n.tolist(), reverse=True))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mdm.remasking import REMASKING, keep_above, keep_highest
+from mdm.remasking import REMASKING, keep_highest
 
 PROBS = torch.tensor([[0.5, 0.3, 0.2, 0.0], [0.1, 0.2, 0.6, 0.1]])
 PROPOSALS = torch.tensor([1, 2])
@@ -43,13 +43,6 @@ def test_highest_are_kept_ties_to_the_lowest_index():
     assert keep_highest(confidence_n, 4).tolist() == [1, 3, 0, 2]
     # Long ties too: topk breaks them in no specified order.
     assert keep_highest(torch.ones(1000), 3).tolist() == [0, 1, 2]
-
-
-def test_all_above_a_threshold_are_kept_at_least_one():
-    confidence_n = torch.tensor([0.5, 0.9, 0.2, 0.91])
-    assert keep_above(confidence_n, 0.5).tolist() == [3, 1, 0]
-    assert keep_above(confidence_n, 0.95).tolist() == [3]
-    assert keep_above(torch.full((3,), -math.inf), 0.5).tolist() == [0]
 
 
 def test_no_more_than_there_are():

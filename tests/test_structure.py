@@ -40,6 +40,7 @@ ROOMS = (
     "new_tokens",
     "convert",
     "remasking",
+    "rules",
     "canvas",
     "llada",
     "sampler",
