@@ -11,17 +11,19 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from .buffers import Body, Prefix, eager_body
+from .causal import read_on
 from .config import require
 from .denoiser import has_plain_head, max_length, probe_attention, row_chunks
 from .diffusion import generator
 from .errors import RequestError
 from .generate import Generation, Hole, visible
 from .likelihood import Likelihood, Pair, check_pair
-from .sampler import gumbel_argmax, nucleus
+from .proposals import draw
 from .scoring import by_length
 from .vocab import Vocab
 
@@ -44,6 +46,13 @@ class Autoregressive:
         self.vocab = vocab
         self.more_ends = more_ends
         self.plain_head = has_plain_head(model)
+        self.body: Body = eager_body  # how a batch is run (acceleration.py)
+
+    def head(self, rows_ND: torch.Tensor) -> torch.Tensor:
+        """(N, V) float32 logits from the inputs of the head; unused rows of the head are left out."""
+        head = self.model.get_output_embeddings() if self.plain_head else torch.nn.Identity()
+        logits_NV: torch.Tensor = head(rows_ND)[:, : len(self.vocab)].float()
+        return logits_NV
 
     @property
     def device(self) -> torch.device:
@@ -70,10 +79,16 @@ class Autoregressive:
 
 @dataclasses.dataclass(frozen=True)
 class DecodingSettings:
-    """How an AR model writes: temperature (0 = greedy) and the nucleus it draws from (1 = all)."""
+    """How an AR model writes.
+
+    temperature   0 = greedy
+    top_p         nucleus it draws from; 1 = all tokens
+    suppress_eos  never end a text before its length
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
+    suppress_eos: bool = False
 
     def __post_init__(self) -> None:
         require(
@@ -211,11 +226,17 @@ class Written:
 
 @dataclasses.dataclass
 class _Writer:
-    """One row that is being written."""
+    """One row that is being written.
+
+    unread  tokens that the model has not read yet
+    prefix  those it has
+    """
 
     row: int
     hole: Hole
     random: torch.Generator
+    unread: Sequence[int]
+    prefix: Prefix = Prefix()
     ids: list[int] = dataclasses.field(default_factory=list)
     log_prob: float = 0.0
 
@@ -227,57 +248,52 @@ def writing(
 
     A row leaves the batch as soon as it is finished, so that the last ones do not pay for all.
     """
-    writers = [_Writer(row, hole, generator("sample", *hole.key)) for row, hole in enumerate(holes)]
-    longest = max(len(writer.hole.before) for writer in writers)
-    x_BL = torch.full((len(writers), longest), ar.vocab.pad_id)
-    attended_BL = torch.zeros_like(x_BL)
-    for row, writer in enumerate(writers):
-        x_BL[row, longest - len(writer.hole.before) :] = torch.tensor(writer.hole.before)
-        attended_BL[row, longest - len(writer.hole.before) :] = 1
-    x_BL, attended_BL = x_BL.to(ar.device), attended_BL.to(ar.device)
-    positions_BL = (attended_BL.cumsum(1) - 1).clamp(min=0)
-    cache: Any = None
+    writers = [
+        _Writer(row, hole, generator("sample", *hole.key), hole.before)
+        for row, hole in enumerate(holes)
+    ]
     while writers:
-        with torch.no_grad():  # not around the generator: it would hold for whoever drains it
-            output = ar.model(
-                x_BL,
-                attention_mask=attended_BL,
-                position_ids=positions_BL,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        cache = output.past_key_values
-        # no unused rows of the head
-        logits_BV = output.logits[:, -1, : len(ar.vocab)].float().cpu()
-        written = [
-            _add_token(ar, writer, logits_V, settings)
-            for writer, logits_V in zip(writers, logits_BV, strict=True)
-        ]
+        rows = [(writer.unread, writer.prefix) for writer in writers]
+        states_BD, prefixes = read_on(ar, rows, ar.vocab.pad_id)
+        tokens, log_probs = _choose(ar, states_BD, [writer.random for writer in writers], settings)
+        written = []
+        for writer, prefix, token, log_prob in zip(
+            writers, prefixes, tokens, log_probs, strict=True
+        ):
+            writer.prefix, writer.unread = prefix, (token,)
+            written.append(_add_token(ar, writer, token, log_prob))
         yield written
-        staying = [row for row, one in enumerate(written) if one.result is None]
-        if len(staying) < len(writers):
-            writers = [writers[row] for row in staying]
-            kept = torch.tensor(staying, dtype=torch.long, device=ar.device)
-            attended_BL, positions_BL = attended_BL[kept], positions_BL[kept]
-            if writers:
-                cache.batch_select_indices(kept)
-        if writers:
-            x_BL = torch.tensor([[writer.ids[-1]] for writer in writers], device=ar.device)
-            attended_BL = torch.cat([attended_BL, torch.ones_like(x_BL)], dim=1)
-            positions_BL = positions_BL[:, -1:] + 1
+        writers = [
+            writer for writer, one in zip(writers, written, strict=True) if one.result is None
+        ]
 
 
-def _add_token(
-    ar: Autoregressive, writer: _Writer, logits_V: torch.Tensor, settings: DecodingSettings
-) -> Written:
+@torch.no_grad()
+def _choose(
+    ar: Autoregressive,
+    states_BD: torch.Tensor,
+    randoms: Sequence[torch.Generator],
+    settings: DecodingSettings,
+) -> tuple[list[int], list[float]]:
+    """A token for each row, and its log-probability under the model as it is; waits for the device once."""
+    logits_BV = ar.head(states_BD)
+    log_probs_BV = logits_BV.log_softmax(-1)
+    if settings.suppress_eos:
+        logits_BV = logits_BV.index_fill(
+            -1, torch.tensor(sorted(ar.end_ids), device=logits_BV.device), float("-inf")
+        )
     if settings.temperature > 0:
-        uniforms_V = torch.rand(logits_V.shape, dtype=torch.float64, generator=writer.random)
-        allowed_V = nucleus(logits_V, settings.temperature, settings.top_p)
-        token = int(gumbel_argmax(allowed_V, uniforms_V, settings.temperature))
+        drawn = [torch.rand((), dtype=torch.float64, generator=random) for random in randoms]
+        uniform_B = torch.stack(drawn).to(logits_BV.device)
+        token_B = draw(logits_BV, uniform_B, settings.temperature, settings.top_p)
     else:
-        token = int(logits_V.argmax())
-    log_prob = float(logits_V.log_softmax(-1)[token])
+        token_B = logits_BV.argmax(-1)
+    log_prob_B = log_probs_BV.gather(-1, token_B[:, None])[:, 0]
+    tokens, log_probs = torch.stack([token_B.double(), log_prob_B.double()]).tolist()
+    return [int(token) for token in tokens], log_probs
+
+
+def _add_token(ar: Autoregressive, writer: _Writer, token: int, log_prob: float) -> Written:
     writer.ids.append(token)
     writer.log_prob += log_prob
     text, ids, tokens, reason = visible(ar.vocab, writer.ids, writer.hole.stop, ar.end_ids)

@@ -10,14 +10,16 @@ E whole blocks of clean tokens, N masked tokens, M outputs that are needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
+from . import attention
 from .attention import CLEAN, Tokens
-from .cache import NOISY, cache_of, outputs
+from .cache import NOISY
 from .denoiser import Denoiser
+from .errors import CheckpointError
 from .grid import BlockGrid
 
 if TYPE_CHECKING:
@@ -181,3 +183,53 @@ def _shared(cache: DynamicCache, rows: int) -> DynamicCache:
         (layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1))
         for layer in cache.layers
     )
+
+
+def outputs(
+    denoiser: Denoiser,
+    x_BQ: torch.Tensor,
+    queries: Tokens,
+    keys: Tokens,
+    cache: DynamicCache,
+    needed_BQ: torch.Tensor,
+) -> torch.Tensor:
+    """(M, D) inputs of the head where they are needed; (M, V) logits if the head is not plain.
+
+    `keys` are the tokens of the cache and, after them, `queries`; the cache grows by the latter. Raises
+    CheckpointError if it does not: a model with its own code may ignore it.
+    """
+    assert denoiser.block_size is not None, "not a block diffusion model"
+    visible_BQK = attention.block_visible(queries, keys, denoiser.block_size, denoiser.attention)
+    arguments = {
+        "attention_mask": attention.float_mask(visible_BQK, denoiser.model.dtype),
+        "position_ids": queries.position,
+        "past_key_values": cache,
+        "use_cache": True,
+    }
+    if denoiser.plain_head:
+        found_MD = denoiser.model.base_model(x_BQ, **arguments)[0][needed_BQ]
+    else:
+        found_MD = denoiser.model(x_BQ, logits_to_keep=needed_BQ, **arguments).logits
+    require_kept(denoiser, cache, keys.position.shape[1])
+    return found_MD
+
+
+def require_kept(denoiser: Denoiser, cache: DynamicCache, length: int) -> None:
+    """Raise CheckpointError unless a forward has left keys of `length` tokens in every layer it knows."""
+    kept = {cache.get_seq_length(index) for index in range(len(cache.layers))}
+    if kept != {length}:
+        raise CheckpointError(
+            f"{type(denoiser.model).__name__} cannot be read block by block: its code keeps no"
+            " DynamicCache (the argument past_key_values) of keys and values"
+        )
+
+
+def cache_of(layers: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> DynamicCache:
+    """A cache that begins with these keys and values, of any number of rows; they are not copied."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    for index, (keys, values) in enumerate(layers):
+        cache.update(keys[:, :, :0], values[:, :, :0], index)  # makes the layer; copies nothing
+        cache.layers[index].keys, cache.layers[index].values = keys, values
+    return cache

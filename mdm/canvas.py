@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from .cache import Prefix
+from .buffers import Prefix
 from .config import require
 from .errors import check_known
 from .remasking import REMASKING
@@ -127,7 +127,7 @@ class SamplerSettings:
 
 @dataclasses.dataclass
 class Canvas:
-    """One row: tokens given and open positions, and how far its denoising has come.
+    """One row: tokens given and open positions, and how far its denoising has come; on the host.
 
     ids_L           current tokens; open positions hold the mask
     valid_L         false at padding
@@ -138,6 +138,7 @@ class Canvas:
     due             tokens to commit in each remaining step of the current block
     decided_L       step at which a position was decided, from 0; -1 = given or open
     nfe             denoiser forwards of this row so far; guidance counts 2
+    has_end         an end token was decided somewhere
     prefixes        what a model with blocks keeps of the clean tokens, and of the same with the given
                     tokens masked (guidance); freed when the canvas is finished
     """
@@ -156,6 +157,7 @@ class Canvas:
     step: int = 0
     nfe: int = 0
     ended: bool = False
+    has_end: bool = False
     prefixes: Prefixes = NOTHING_READ
 
     def __post_init__(self) -> None:
@@ -177,6 +179,11 @@ class Canvas:
                 self._leave_block()
         if self.finished:
             self.prefixes = NOTHING_READ
+
+    def open_positions(self) -> torch.Tensor:
+        """(n,) open positions of the current block."""
+        block = self.blocks[0]
+        return self.open_L[block].nonzero()[:, 0] + block.start
 
     def commit(self, positions_k: torch.Tensor, tokens_k: torch.Tensor) -> None:
         """Decide these positions and go on to the next step."""
@@ -207,7 +214,11 @@ class Canvas:
 class Commit:
     """What one step decided in one canvas (`row` numbers the canvases given to `denoise`).
 
-    log_prob_k  of the tokens at temperature 1, nats; None from the published sampler
+    log_prob_k   of the tokens at temperature 1, nats; None from the published sampler
+    kind         of forward it came from: "prefill" is the first of a row in blocks, which reads the prompt,
+                 too; "store" reads a finished block beside the current one; "refresh" makes an approximate
+                 cache anew; all others "denoise"
+    tokens_read  positions of the row computed in it; of a guided row, in both
     """
 
     row: int
@@ -215,3 +226,5 @@ class Commit:
     tokens_k: torch.Tensor
     confidence_k: torch.Tensor
     log_prob_k: torch.Tensor | None = None
+    kind: str = "denoise"
+    tokens_read: int = 0

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import attention
 from .attention import FULL
+from .buffers import Body, eager_body
 from .errors import CheckpointError, ConfigError, check_known
 from .vocab import Vocab
 
@@ -65,6 +66,7 @@ class Denoiser(nn.Module):
         check_attention(self.attention, block_size)
         self.lineage = lineage
         self.mask_id: int = vocab.mask_id
+        self.body: Body = eager_body  # how a batch of blocks is run (acceleration.py)
         # From our states to a teacher's. Only training sets and uses it; it is not saved with the model.
         self.projection: nn.Module | None = None
         # A model with sliding windows would keep its window; an explicit mask lifts it on every layer.
@@ -144,7 +146,10 @@ class Denoiser(nn.Module):
         block_size: int | None = None,
         next_bL: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(N, D) inputs of the head for the wanted positions, then those for `next_bL`."""
+        """(N, D) inputs of the head for the wanted positions, then those for `next_bL`.
+
+        Without blocks the tensors may be on the host: then nothing waits for the device.
+        """
         assert (x0_bL is None) == (self.block_size is None), "blocks need the clean tokens"
         if x0_bL is not None:
             if document_ids_BL is None:
@@ -161,7 +166,8 @@ class Denoiser(nn.Module):
         layout = attention_layout(
             document_ids_BL, xt_BL, self.model.dtype, causal=False, always=self.always_mask
         )
-        return self._outputs(xt_BL, wanted_BL, layout)
+        layout = {name: part.to(self.device) for name, part in layout.items()}
+        return self._outputs(xt_BL.to(self.device), wanted_BL, layout)
 
     def _block_rows(
         self,
@@ -208,7 +214,9 @@ class Denoiser(nn.Module):
     ) -> torch.Tensor:
         """(M, D) inputs of the head at the outputs that are needed; (M, V) logits if it is not plain."""
         if self.plain_head:
-            return self.model.base_model(x_BL, use_cache=False, **layout)[0][needed_BL]
+            needed_M = needed_BL.flatten().nonzero()[:, 0].to(self.device)
+            return self.model.base_model(x_BL, use_cache=False, **layout)[0].flatten(0, 1)[needed_M]
+        needed_BL = needed_BL.to(self.device)
         return self.model(x_BL, use_cache=False, logits_to_keep=needed_BL, **layout).logits
 
     def head(self, rows_ND: torch.Tensor) -> torch.Tensor:

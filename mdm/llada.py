@@ -42,7 +42,7 @@ def published_commits(
     )
     eos_id = denoiser.vocab.eos_id
     turn_id = eos_id if end_of_turn_id is None else end_of_turn_id
-    x_BL = torch.stack([row.ids_L for row in rows])
+    x_BL = torch.stack([row.ids_L for row in rows]).to(denoiser.device)
     masked_BL = x_BL == denoiser.mask_id  # over the whole canvas: a mask id in a prompt is open too
     logits_BLV = _all_logits(denoiser, rows, x_BL)
     if settings.suppress_eos:
@@ -72,7 +72,10 @@ def published_commits(
         confidence_L[row.blocks[0].stop :] = float("-inf")  # only the future is excluded
         top_k = confidence_L.topk(row.due[0]).indices
         top_k = top_k[masked_BL[i, top_k]]
-        commits.append(Commit(number, top_k, proposals_BL[i, top_k], confidence_L[top_k]))
+        tokens_k, confidence_k = proposals_BL[i, top_k].cpu(), confidence_L[top_k].cpu()
+        commits.append(
+            Commit(number, top_k.cpu(), tokens_k, confidence_k, tokens_read=len(row.ids_L))
+        )
     return commits
 
 
@@ -82,9 +85,9 @@ def _all_logits(denoiser: Denoiser, rows: list[Canvas], x_BL: torch.Tensor) -> t
     The first position of a shifted model has no logits; zeros stand in, it is never open.
     """
     cfg_scale = rows[0].settings.cfg_scale
-    document_ids_BL = torch.stack([row.valid_L.long() - 1 for row in rows])
+    document_ids_BL = torch.stack([row.valid_L.long() - 1 for row in rows]).to(x_BL.device)
     if cfg_scale > 0:
-        given_BL = torch.stack([row.given_L for row in rows])
+        given_BL = torch.stack([row.given_L for row in rows]).to(x_BL.device)
         x_BL = torch.cat([x_BL, x_BL.masked_fill(given_BL, denoiser.mask_id)])
         document_ids_BL = document_ids_BL.repeat(2, 1)
     wanted_BL = torch.ones_like(x_BL, dtype=torch.bool)

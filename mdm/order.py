@@ -15,8 +15,8 @@ import torch
 
 from .denoiser import Denoiser
 from .grid import BlockGrid
+from .proposals import guide
 from .remasking import REMASKING
-from .sampler import guide
 from .scoring import by_length
 
 RULES = tuple(name for name in REMASKING if name != "random")
@@ -84,11 +84,10 @@ def _step(denoiser: Denoiser, walks: Sequence[_Walk], rule: str, cfg_scale: floa
     """One forward: each walk reveals the true token of its surest open position."""
     opens = [walk.open_positions() for walk in walks]
     logits = _open_logits(denoiser, walks, opens, cfg_scale)
-    unused = torch.Generator()  # the rules that are allowed here draw nothing
     for walk, open_n, logits_nV in zip(walks, opens, logits, strict=True):
         log_probs_nV = logits_nV.log_softmax(-1)
         proposals_n = log_probs_nV.argmax(-1)
-        confidence_n = REMASKING[rule](log_probs_nV, proposals_n, unused)
+        confidence_n = REMASKING[rule](log_probs_nV, proposals_n, None)
         best = int(confidence_n.argmax())
         position = int(open_n[best])
         token = int(walk.answer_L[position])

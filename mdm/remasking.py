@@ -1,7 +1,8 @@
 """Remasking strategies: which proposals are kept at a denoising step; the rest return to mask.
 
-A strategy gives each proposal a confidence; the highest are kept. Knows nothing of blocks, caches or
-prompts. Shapes: n open positions, V vocabulary.
+A strategy gives each proposal a confidence; the highest are kept. It is told the log-probabilities, the
+proposals and, for `random`, a uniform number each. Knows nothing of blocks, caches or prompts.
+Shapes: n open positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -10,18 +11,19 @@ from collections.abc import Callable
 
 import torch
 
-Confidence = Callable[[torch.Tensor, torch.Tensor, torch.Generator], torch.Tensor]
+Confidence = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 def random(
-    log_probs_nV: torch.Tensor, proposals_n: torch.Tensor, generator: torch.Generator
+    log_probs_nV: torch.Tensor, proposals_n: torch.Tensor, uniform_n: torch.Tensor | None
 ) -> torch.Tensor:
-    """Uniform random numbers: every open position is as likely to be kept."""
-    return torch.rand(len(proposals_n), generator=generator).to(proposals_n.device)
+    """The uniform random numbers: every open position is as likely to be kept."""
+    assert uniform_n is not None, "random remasking needs random numbers"
+    return uniform_n
 
 
 def low_confidence(
-    log_probs_nV: torch.Tensor, proposals_n: torch.Tensor, generator: torch.Generator
+    log_probs_nV: torch.Tensor, proposals_n: torch.Tensor, uniform_n: torch.Tensor | None
 ) -> torch.Tensor:
     """Probability of the proposal: the *low* ones are remasked (LLaDA, arXiv 2502.09992).
 
@@ -33,7 +35,7 @@ def low_confidence(
 
 
 def margin(
-    log_probs_nV: torch.Tensor, proposals_n: torch.Tensor, generator: torch.Generator
+    log_probs_nV: torch.Tensor, proposals_n: torch.Tensor, uniform_n: torch.Tensor | None
 ) -> torch.Tensor:
     """Probability of the likeliest token minus that of the second (arXiv 2502.06768)."""
     top_n2 = log_probs_nV.topk(2, dim=-1).values.exp()
@@ -41,7 +43,7 @@ def margin(
 
 
 def entropy(
-    log_probs_nV: torch.Tensor, proposals_n: torch.Tensor, generator: torch.Generator
+    log_probs_nV: torch.Tensor, proposals_n: torch.Tensor, uniform_n: torch.Tensor | None
 ) -> torch.Tensor:
     """Negative entropy of the distribution, nats (Dream, arXiv 2508.15487)."""
     terms_nV = log_probs_nV.exp() * log_probs_nV

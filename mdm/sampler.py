@@ -4,8 +4,11 @@ A `Canvas` is one row on its way from masks to text. `denoise` takes canvases of
 settings and yields a `DenoisingStep` per forward pass: generation drains it, a server streams it, a
 benchmark counts it. A prompt is just positions that are given, so infilling is the same loop. Each
 canvas has its own random numbers, so its tokens do not depend on its neighbours in the batch.
-A model with blocks reads the clean tokens before the current block once and keeps them (cache.py).
-Shapes: B canvases, L length, n open positions of a block, V vocabulary.
+A model with blocks reads the clean tokens before the current block once and keeps them (cache.py); one
+without can keep old ones (approximate.py). Canvases are on the host: a step sends what is read and asks for
+three numbers an open position, and that is the only time it waits for the device.
+Shapes: B canvases, L length, D width, n open positions of a block, N of all canvases, M of guided ones,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,14 +20,17 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from .cache import Prefix, Row, read_blocks
+from . import approximate
+from .buffers import Prefix
+from .cache import Row, read_blocks
 from .canvas import NOTHING_READ, Canvas, Commit, Prefixes, SamplerSettings
 from .denoiser import Denoiser
 from .diffusion import generator
 from .errors import ConfigError
 from .grid import BlockGrid
 from .llada import published_commits
-from .remasking import REMASKING, keep_highest
+from .proposals import guide, needs_uniforms, propose, uniforms
+from .remasking import keep_highest
 from .rules import kept
 from .schedule import shared_steps
 
@@ -65,7 +71,7 @@ def make_canvas(
             f"the canvas has {len(ids)} tokens, but the model was built for at most"
             f" {denoiser.max_length}; shorten the prompt or gen_length"
         )
-    ids_L = torch.tensor(list(ids), dtype=torch.long, device=denoiser.device)
+    ids_L = torch.tensor(list(ids), dtype=torch.long)
     open_L = ids_L == denoiser.mask_id
     where = open_L.nonzero()[:, 0].tolist()
     if where and where[0] == 0 and denoiser.shift:
@@ -187,9 +193,11 @@ def take_step(denoiser: Denoiser, canvases: dict[int, Canvas]) -> tuple[Commit, 
         canvas = canvases[commit.row]
         canvas.nfe += 2 if canvas.settings.cfg_scale > 0 else 1
         canvas.commit(commit.positions_k, commit.tokens_k)
-        ends = canvas.settings.stop_at_eos and canvas.settings.compat == "default"
-        if ends and reached_end(canvas, denoiser.vocab.eos_id):
-            canvas.end(denoiser.vocab.eos_id)
+        if canvas.settings.stop_at_eos and canvas.settings.compat == "default":
+            eos_id = denoiser.vocab.eos_id
+            canvas.has_end |= bool((commit.tokens_k == eos_id).any())
+            if canvas.has_end and reached_end(canvas, eos_id):
+                canvas.end(eos_id)
     return decision.commits
 
 
@@ -207,23 +215,26 @@ class Decision:
 @torch.no_grad()
 def denoise_step(denoiser: Denoiser, canvases: dict[int, Canvas]) -> Decision:
     """What one forward pass decides in the current block of every canvas; they are left as they are."""
-    logits, prefixes = block_logits(denoiser, list(canvases.values()))
+    rows = list(canvases.values())
+    reading = read_open(denoiser, rows)
+    found_3N = proposals(denoiser, rows, reading)
     commits = []
-    for (row, canvas), logits_nV in zip(canvases.items(), logits, strict=True):
-        block = canvas.blocks[0]
-        open_n = canvas.open_L[block].nonzero()[:, 0] + block.start
-        proposals_n, confidence_n, log_prob_n = propose(logits_nV, canvas, denoiser.vocab.eos_id)
+    for number, (row, canvas) in enumerate(canvases.items()):
+        open_n = reading.opens[number]
+        token_n, confidence_n, log_prob_n = found_3N[:, reading.places(number)]
         kept_k = keep_highest(confidence_n, number_kept(canvas, confidence_n))
         commits.append(
             Commit(
                 row,
                 open_n[kept_k],
-                proposals_n[kept_k],
+                token_n[kept_k].long(),
                 confidence_n[kept_k],
                 log_prob_n[kept_k],
+                reading.kinds[number],
+                reading.tokens_read[number],
             )
         )
-    return Decision(tuple(commits), dict(zip(canvases, prefixes, strict=True)))
+    return Decision(tuple(commits), dict(zip(canvases, reading.prefixes, strict=True)))
 
 
 def number_kept(canvas: Canvas, confidence_n: torch.Tensor) -> int:
@@ -234,125 +245,220 @@ def number_kept(canvas: Canvas, confidence_n: torch.Tensor) -> int:
     return kept(rule, getattr(canvas.settings, rule), sorted(confidence_n.tolist(), reverse=True))
 
 
+# --- reading -----------------------------------------------------------------------------------------
+
+
 @dataclasses.dataclass(frozen=True)
 class Stream:
     """A canvas as one row of a forward: as it is, or with its given tokens masked (guidance)."""
 
     canvas: Canvas
     ids_L: torch.Tensor
+    open_n: torch.Tensor
     prefix: Prefix
 
 
-def block_logits(
-    denoiser: Denoiser, canvases: Sequence[Canvas]
-) -> tuple[list[torch.Tensor], list[Prefixes]]:
-    """(n, V) logits of the open positions of each canvas' current block, guided where asked.
+@dataclasses.dataclass(frozen=True)
+class Read:
+    """What a forward made of one stream: what it keeps, what kind of forward it was, positions computed."""
 
-    One forward for all; guided canvases are in it a second time with their given tokens masked.
-    Beside them what a model with blocks has now read of each canvas.
+    prefix: Prefix
+    kind: str
+    tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """Inputs of the head at the open positions of the current block of every canvas, and how they were had.
+
+    states_ND    of all canvases, one after the other
+    without_MD   the same with the given tokens masked, of the guided canvases only
+    opens        open positions of each canvas (host)
+    prefixes     what each keeps from now on
+    kinds        of forward each was in
+    tokens_read  positions computed of each; of a guided one in both its rows
     """
+
+    states_ND: torch.Tensor
+    without_MD: torch.Tensor
+    opens: list[torch.Tensor]
+    guided: list[int]
+    prefixes: list[Prefixes]
+    kinds: list[str]
+    tokens_read: list[int]
+
+    def places(self, number: int) -> slice:
+        """Rows of a canvas in `states_ND`."""
+        return _place(self.opens, number)
+
+    def places_without(self, number: int) -> slice:
+        """Rows of a guided canvas in `without_MD`."""
+        return _place([self.opens[i] for i in self.guided], self.guided.index(number))
+
+
+def _place(parts: Sequence[torch.Tensor], number: int) -> slice:
+    first = sum(len(part) for part in parts[:number])
+    return slice(first, first + len(parts[number]))
+
+
+@torch.no_grad()
+def read_open(denoiser: Denoiser, canvases: Sequence[Canvas]) -> Reading:
+    """One forward for all; guided canvases are in it a second time with their given tokens masked."""
     guided = [i for i, canvas in enumerate(canvases) if canvas.settings.cfg_scale > 0]
-    streams = [Stream(canvas, canvas.ids_L, canvas.prefixes[0]) for canvas in canvases]
-    for canvas in (canvases[i] for i in guided):
+    opens = [canvas.open_positions() for canvas in canvases]
+    streams = [
+        Stream(canvas, canvas.ids_L, open_n, canvas.prefixes[0])
+        for canvas, open_n in zip(canvases, opens, strict=True)
+    ]
+    for i in guided:
+        canvas = canvases[i]
         without_L = canvas.ids_L.masked_fill(canvas.given_L & canvas.valid_L, denoiser.mask_id)
-        streams.append(Stream(canvas, without_L, canvas.prefixes[1]))
-    if denoiser.block_size is None:
-        logits_NV = full_canvas_logits(denoiser, streams)
-        read = [stream.prefix for stream in streams]
-    else:
-        logits_NV, read = cached_logits(denoiser, streams)
-    counts = [int(s.canvas.open_L[s.canvas.blocks[0]].sum()) for s in streams]
-    parts = list(logits_NV.split(counts))
-    prefixes = [(prefix, NOTHING_READ[1]) for prefix in read[: len(canvases)]]
-    for second, i in enumerate(guided, start=len(canvases)):
-        parts[i] = guide(parts[i], parts[second], canvases[i].settings.cfg_scale)
-        prefixes[i] = (prefixes[i][0], read[second])
-    return parts[: len(canvases)], prefixes
+        streams.append(Stream(canvas, without_L, opens[i], canvas.prefixes[1]))
+    states_ND, reads = read_streams(denoiser, streams)
+    own = sum(len(open_n) for open_n in opens)
+    prefixes = [(read.prefix, NOTHING_READ[1]) for read in reads[: len(canvases)]]
+    tokens = [read.tokens for read in reads[: len(canvases)]]
+    for i, second in zip(guided, reads[len(canvases) :], strict=True):
+        prefixes[i] = (prefixes[i][0], second.prefix)
+        tokens[i] += second.tokens
+    kinds = [read.kind for read in reads[: len(canvases)]]
+    return Reading(states_ND[:own], states_ND[own:], opens, guided, prefixes, kinds, tokens)
 
 
-def full_canvas_logits(denoiser: Denoiser, streams: Sequence[Stream]) -> torch.Tensor:
-    """(N, V) logits of the open positions of the current blocks; rows are padded to the longest."""
+def read_streams(denoiser: Denoiser, streams: Sequence[Stream]) -> tuple[torch.Tensor, list[Read]]:
+    """(N, D) inputs of the head at the open positions of all streams.
+
+    One forward, but for canvases without a cache beside some with one: these have two.
+    """
+    if denoiser.block_size is not None:
+        return _read_blocks(denoiser, streams)
+    cached = [stream.canvas.settings.cache != "none" for stream in streams]
+    parts: dict[int, torch.Tensor] = {}
+    reads: dict[int, Read] = {}
+    for flag, how in ((False, _read_all), (True, _read_parts)):
+        chosen = [i for i, one in enumerate(cached) if one is flag]
+        if not chosen:
+            continue
+        states_MD, found = how(denoiser, [streams[i] for i in chosen])
+        if len(chosen) == len(streams):
+            return states_MD, found
+        own = states_MD.split([len(streams[i].open_n) for i in chosen])
+        parts |= dict(zip(chosen, own, strict=True))
+        reads |= dict(zip(chosen, found, strict=True))
+    everything = range(len(streams))
+    return torch.cat([parts[i] for i in everything]), [reads[i] for i in everything]
+
+
+def _read_all(denoiser: Denoiser, streams: Sequence[Stream]) -> tuple[torch.Tensor, list[Read]]:
+    """Whole canvases, without a cache; rows are padded to the longest. Host tensors go in."""
     length = max(len(stream.ids_L) for stream in streams)
-    xt_BL = torch.full((len(streams), length), denoiser.vocab.pad_id, device=denoiser.device)
+    xt_BL = torch.full((len(streams), length), denoiser.vocab.pad_id)
     document_ids_BL = torch.full_like(xt_BL, -1)
     wanted_BL = torch.zeros_like(xt_BL, dtype=torch.bool)
     for i, stream in enumerate(streams):
-        canvas, block = stream.canvas, stream.canvas.blocks[0]
         xt_BL[i, : len(stream.ids_L)] = stream.ids_L
-        document_ids_BL[i, : len(stream.ids_L)][canvas.valid_L] = 0
-        wanted_BL[i, block] = canvas.open_L[block]
-    return denoiser(xt_BL, wanted_BL, document_ids_BL=document_ids_BL)
+        document_ids_BL[i, : len(stream.ids_L)][stream.canvas.valid_L] = 0
+        wanted_BL[i, stream.open_n] = True
+    states_ND = denoiser.rows(xt_BL, wanted_BL, document_ids_BL=document_ids_BL)
+    reads = [Read(NOTHING_READ[0], "denoise", len(stream.ids_L)) for stream in streams]
+    return states_ND, reads
 
 
-def cached_logits(
-    denoiser: Denoiser, streams: Sequence[Stream]
-) -> tuple[torch.Tensor, list[Prefix]]:
-    """(N, V) logits of the open positions of the current blocks, and what was read of the clean tokens."""
+def _read_parts(denoiser: Denoiser, streams: Sequence[Stream]) -> tuple[torch.Tensor, list[Read]]:
+    """Canvases with an approximate cache."""
+    rows = [
+        approximate.row_of(s.canvas, s.ids_L, s.open_n, s.prefix, denoiser.shift) for s in streams
+    ]
+    states_ND, prefixes = approximate.read_canvases(denoiser, rows)
+    reads = []
+    for row, prefix in zip(rows, prefixes, strict=True):
+        tokens = row.read.stop - row.read.start
+        whole = row.stamp != row.prefix.stamp
+        reads.append(Read(prefix, "refresh" if whole else "denoise", tokens))
+    return states_ND, reads
+
+
+def _read_blocks(denoiser: Denoiser, streams: Sequence[Stream]) -> tuple[torch.Tensor, list[Read]]:
+    """Blocks of the model's grid, with the exact cache."""
     rows = []
     for stream in streams:
-        canvas, current = stream.canvas, stream.canvas.blocks[0]
         grid = BlockGrid(0, len(stream.ids_L), denoiser.block_size or 1)
-        block = grid.block(current.start // grid.block_length)
-        wanted_n = canvas.open_L[current].nonzero()[:, 0] + current.start
-        rows.append(Row(stream.ids_L, block, wanted_n, stream.prefix))
-    rows_ND, prefixes = read_blocks(denoiser, rows)
-    return denoiser.head(rows_ND), prefixes
+        block = grid.block(stream.canvas.blocks[0].start // grid.block_length)
+        rows.append(Row(stream.ids_L, block, stream.open_n, stream.prefix))
+    states_ND, prefixes = read_blocks(denoiser, rows)
+    reads = []
+    for row, stream, prefix in zip(rows, streams, prefixes, strict=True):
+        kind = "prefill" if not stream.canvas.step else "store" if row.new else "denoise"
+        reads.append(Read(prefix, kind, row.read.stop - row.read.start))
+    return states_ND, reads
 
 
-def guide(
-    conditional_nV: torch.Tensor, unconditional_nV: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """Classifier-free guidance (1+s)·conditional - s·unconditional; -inf stays -inf."""
-    guided_nV = unconditional_nV + (scale + 1) * (conditional_nV - unconditional_nV)
-    return guided_nV.masked_fill(conditional_nV == float("-inf"), float("-inf"))
+@torch.no_grad()
+def open_logits(denoiser: Denoiser, canvases: Sequence[Canvas]) -> list[torch.Tensor]:
+    """(n, V) logits of the open positions of each canvas' current block, guided where asked.
+
+    What the next step decides by, all of it at once; the canvases are left as they are.
+    """
+    reading = read_open(denoiser, canvases)
+    return [
+        _logits(denoiser, canvas.settings.cfg_scale, *_states(reading, [number]))
+        for number, canvas in enumerate(canvases)
+    ]
 
 
-def propose(
-    logits_nV: torch.Tensor, canvas: Canvas, eos_id: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A token for each open position, the confidence that decides whether it is kept, and its
-    log-probability at temperature 1."""
-    settings = canvas.settings
-    if settings.suppress_eos:
-        logits_nV = logits_nV.index_fill(
-            -1, torch.tensor([eos_id], device=logits_nV.device), float("-inf")
-        )
-    if settings.temperature > 0:
-        noise_nV = torch.rand(logits_nV.shape, dtype=torch.float64, generator=canvas.random)
-        allowed_nV = nucleus(logits_nV, settings.temperature, settings.top_p)
-        proposals_n = gumbel_argmax(allowed_nV, noise_nV, settings.temperature)
+# --- choosing ----------------------------------------------------------------------------------------
+
+
+def proposals(denoiser: Denoiser, canvases: Sequence[Canvas], reading: Reading) -> torch.Tensor:
+    """(3, N) on the host: tokens, confidences, log-probabilities; canvases of equal settings together.
+
+    The device is waited for once, here. Logits exist for a chunk of positions at a time.
+    """
+    groups: dict[SamplerSettings, list[int]] = {}
+    for number, canvas in enumerate(canvases):
+        groups.setdefault(canvas.settings, []).append(number)
+    eos_id, order, parts = denoiser.vocab.eos_id, [], []
+    for settings, numbers in groups.items():
+        order += numbers
+        states_nD, without_nD = _states(reading, numbers)
+        drawn_2n = None
+        if needs_uniforms(settings):
+            draws = [uniforms(settings, len(reading.opens[i]), canvases[i].random) for i in numbers]
+            drawn_2n = torch.cat(draws, dim=1).to(states_nD.device)
+        for chunk in denoiser.chunks(len(states_nD)):
+            own_nD = None if without_nD is None else without_nD[chunk]
+            logits_nV = _logits(denoiser, settings.cfg_scale, states_nD[chunk], own_nD)
+            own_2n = None if drawn_2n is None else drawn_2n[:, chunk]
+            parts.append(propose(logits_nV, settings, eos_id, own_2n))
+    found_3N = torch.cat(parts, dim=1).cpu()
+    if len(groups) == 1:
+        return found_3N
+    sizes = [len(reading.opens[i]) for i in order]
+    own = dict(zip(order, found_3N.split(sizes, dim=1), strict=True))
+    return torch.cat([own[i] for i in range(len(canvases))], dim=1)
+
+
+def _states(reading: Reading, numbers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(n, D) inputs of the head of these canvases, and those without the given tokens if all are guided."""
+    if len(numbers) == len(reading.opens):
+        states_nD = reading.states_ND
     else:
-        proposals_n = logits_nV.argmax(-1)
-    log_probs_nV = logits_nV.log_softmax(-1)
-    confidence_n = REMASKING[settings.remasking](log_probs_nV, proposals_n, canvas.random)
-    if settings.eos_last:
-        confidence_n = confidence_n.masked_fill(proposals_n == eos_id, float("-inf"))
-    return proposals_n, confidence_n, log_probs_nV.gather(-1, proposals_n[:, None])[:, 0]
+        states_nD = torch.cat([reading.states_ND[reading.places(i)] for i in numbers])
+    if not set(numbers) <= set(reading.guided):
+        return states_nD, None
+    return states_nD, torch.cat([reading.without_MD[reading.places_without(i)] for i in numbers])
 
 
-def nucleus(logits_nV: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
-    """Logits with -inf outside the fewest tokens that hold `top_p` at this temperature.
-
-    The likeliest token always stays (Holtzman et al. 2020, nucleus sampling).
-    """
-    if top_p >= 1:
-        return logits_nV
-    probs_nV, order_nV = (logits_nV.double() / temperature).softmax(-1).sort(-1, descending=True)
-    before_nV = probs_nV.cumsum(-1) - probs_nV
-    dropped_nV = torch.zeros_like(before_nV, dtype=torch.bool)
-    dropped_nV.scatter_(-1, order_nV, before_nV >= top_p)
-    return logits_nV.masked_fill(dropped_nV, float("-inf"))
-
-
-def gumbel_argmax(
-    logits_nV: torch.Tensor, uniforms_nV: torch.Tensor, temperature: float
+def _logits(
+    denoiser: Denoiser, scale: float, states_nD: torch.Tensor, without_nD: torch.Tensor | None
 ) -> torch.Tensor:
-    """A sample of softmax(logits / temperature): argmax of logits + T · Gumbel noise.
+    logits_nV = denoiser.head(states_nD)
+    if without_nD is None:
+        return logits_nV
+    return guide(logits_nV, denoiser.head(without_nD), scale)
 
-    In float64: 32-bit noise cuts the tail and acts as a lower temperature (arXiv 2409.02908).
-    """
-    noise_nV = -(-uniforms_nV.to(logits_nV.device).log()).log()
-    return (logits_nV.double() + temperature * noise_nV).argmax(-1)
+
+# --- the end of a text -------------------------------------------------------------------------------
 
 
 def reached_end(canvas: Canvas, eos_id: int) -> bool:

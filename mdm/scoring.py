@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 
 from .denoiser import Denoiser
-from .sampler import guide
+from .proposals import guide
 
 
 @dataclasses.dataclass(frozen=True)

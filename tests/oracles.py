@@ -1434,3 +1434,73 @@ def learn_once(p_SnV: Tensor, rule: Rule, taught_XnV: Tensor, choice: str = "rou
     sums = [weight_nSZ[i] @ taught_XnV[:, i] for i in range(p_SnV.shape[1])]
     mean_SnV = torch.stack(sums, dim=1) / total_Sn[..., None].clamp(min=1e-300)
     return torch.where(total_Sn[..., None] > 1e-290, mean_SnV, p_SnV)
+
+
+# --- 17. approximate caches ---------------------------------------------------------------------------
+
+
+def stale_logits(
+    model,
+    *,
+    cache: str,
+    refresh: int | None,
+    blocks: Sequence[Sequence[int]],
+    mask_id: int,
+    shift: bool,
+) -> Callable[[list[int]], Tensor]:
+    """`canvas -> (L, V)` of a model that computes only part of the canvas anew (Fast-dLLM, section 3.2).
+
+    To be asked once a step, in order. Keys and values of every position are kept as a list of tensors; a
+    forward gets those of the positions it does not read, whatever age they have. Rows that were not read
+    are NaN. "prefix" reads from the current block to the end, "dual" the block; a shifted model one token
+    more. Whole canvases are read at the start of each of `blocks` and every `refresh` steps.
+    """
+    from transformers import DynamicCache
+
+    state = {"block": None, "steps": 0, "kept": None}
+
+    @torch.no_grad()
+    def answer(canvas: list[int]) -> Tensor:
+        length = len(canvas)
+        number = next(
+            i for i, block in enumerate(blocks) if any(canvas[p] == mask_id for p in block)
+        )
+        first, last = blocks[number][0], blocks[number][-1]
+        fresh = state["block"] != number or state["steps"] == refresh
+        if fresh:
+            state.update(block=number, steps=0)
+            read = list(range(length))
+        else:
+            read = list(range(first - int(shift), length if cache == "prefix" else last + 1))
+        past = DynamicCache()
+        others = [p for p in range(length) if p not in read]
+        if others:
+            for index, (keys, values) in enumerate(state["kept"]):
+                past.update(keys[:, :, others], values[:, :, others], index)
+        positions = torch.tensor([read])
+        ones = torch.zeros(1, 1, len(read), length, dtype=model.dtype)  # nothing is hidden
+        output = model(
+            torch.tensor([[canvas[p] for p in read]]),
+            position_ids=positions,
+            attention_mask=ones,
+            past_key_values=past,
+            use_cache=True,
+        )
+        kept = []
+        for index, layer in enumerate(past.layers):
+            parts = []
+            for kind, new in enumerate((layer.keys, layer.values)):
+                whole = torch.empty(*new.shape[:2], length, new.shape[3])
+                whole[:, :, others] = new[:, :, : len(others)]
+                whole[:, :, read] = new[:, :, len(others) :]
+                parts.append(whole)
+            kept.append(tuple(parts))
+        state["kept"] = kept
+        state["steps"] += 1
+        logits_LV = torch.full((length, output.logits.shape[-1]), torch.nan)
+        for place, p in enumerate(read):
+            if p + int(shift) < length:
+                logits_LV[p + int(shift)] = output.logits[0, place]
+        return logits_LV
+
+    return answer

@@ -62,11 +62,17 @@ class ScriptedStudent:
         self.logits_fn = logits_fn
         self.forwards = 0
 
-    def __call__(self, xt_BL: Tensor, wanted_BL: Tensor, *, document_ids_BL: Tensor) -> Tensor:
+    def rows(self, xt_BL: Tensor, wanted_BL: Tensor, *, document_ids_BL: Tensor) -> Tensor:
         self.forwards += 1
         logits_BLV = self.logits_fn(xt_BL).float().clone()
         logits_BLV[..., self.mask_id] = float("-inf")
         return logits_BLV[wanted_BL]
+
+    def head(self, logits_NV: Tensor) -> Tensor:
+        return logits_NV
+
+    def chunks(self, rows: int) -> list[slice]:
+        return [slice(0, rows)]
 
 
 def special_model(family: str, rows: int, *, seed: int = 0, dtype: torch.dtype = torch.float32):

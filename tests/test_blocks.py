@@ -12,7 +12,7 @@ from tiny import tiny_model
 from mdm.attention import BLOCK_ATTENTIONS
 from mdm.autoregressive import Autoregressive
 from mdm.autoregressive import log_likelihood as ar_log_likelihood
-from mdm.blocks import answer_blocks, block_log_probs
+from mdm.blocks import answer_blocks, block_log_probs, cache_of
 from mdm.convert import make_bidirectional
 from mdm.denoiser import Denoiser
 from mdm.diffusion import generator
@@ -318,3 +318,12 @@ def test_what_blocks_cannot_do():
         log_likelihood(denoiser, [pair(2, 3)], LikelihoodSettings(cfg_scale=0.5))
     with pytest.raises(RequestError, match="order needs a full-canvas model; this one has blocks"):
         log_likelihood(denoiser, [pair(2, 3)], LikelihoodSettings(estimator="order"))
+
+
+def test_a_cache_begins_without_a_copy():
+    keys, values = torch.randn(1, 2, 5, 4), torch.randn(1, 2, 5, 4)
+    cache = cache_of([(keys.expand(3, -1, -1, -1), values)])
+    assert cache.get_seq_length() == 5
+    assert cache.layers[0].keys.data_ptr() == keys.data_ptr()
+    assert cache.layers[0].values is values
+    assert cache_of([]).get_seq_length() == 0

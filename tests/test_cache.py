@@ -8,7 +8,8 @@ import torch
 from students import random_student
 
 from mdm.attention import BLOCK_ATTENTIONS
-from mdm.cache import Prefix, Row, cache_of, read_blocks
+from mdm.buffers import Prefix
+from mdm.cache import Row, read_blocks
 from mdm.grid import BlockGrid
 
 START, MASK = 12, 15
@@ -169,14 +170,27 @@ def test_nothing_is_changed_in_place(rows):
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
 
 
-def test_a_row_of_a_batch_keeps_its_own_tokens_alone():
-    # Views would hold the keys and values of the whole batch.
+def test_rows_of_a_batch_share_a_buffer_and_are_not_copied_again():
     denoiser = block_student(shift=True)
-    _, prefixes = read_blocks(denoiser, [row_of(text(n), n // 3, 3) for n in (5, 11, 8)])
+    texts = [text(n, n) for n in (5, 11, 8)]
+    blocks = [1, 3, 2]
+    _, prefixes = read_blocks(
+        denoiser, [row_of(ids, n, 3) for ids, n in zip(texts, blocks, strict=True)]
+    )
     assert [prefix.length for prefix in prefixes] == [3, 9, 6]
-    for prefix in prefixes:
-        for part in (prefix.last_D, *(part for layer in prefix.layers for part in layer)):
-            assert part.untyped_storage().nbytes() == part.numel() * part.itemsize
+    (buffer,) = {prefix.buffer for prefix in prefixes}
+    assert [prefix.slot for prefix in prefixes] == [0, 1, 2]
+    for order in ([0, 1, 2], [2, 0, 1]):  # in any order
+        rows = [row_of(texts[i], blocks[i], 3, prefixes[i]) for i in order]
+        _, again = read_blocks(denoiser, rows)
+        assert [prefix.buffer for prefix in again] == [buffer] * 3
+        assert [prefix.slot for prefix in again] == order
+    # Without one of them the others move together, and it stays.
+    _, fewer = read_blocks(denoiser, [row_of(texts[i], blocks[i], 3, prefixes[i]) for i in (1, 2)])
+    assert [prefix.slot for prefix in fewer] == [0, 1]
+    assert fewer[0].buffer is fewer[1].buffer is not buffer
+    for one, before in zip(fewer, prefixes[1:], strict=True):
+        same(one, before)
 
 
 def test_a_row_without_new_tokens_keeps_the_prefix_it_has():
@@ -184,17 +198,25 @@ def test_a_row_without_new_tokens_keeps_the_prefix_it_has():
     ids_L = text(9)
     _, (prefix,) = read_blocks(denoiser, [row_of(ids_L, 2, 3)])
     _, (alone,) = read_blocks(denoiser, [row_of(ids_L, 2, 3, prefix)])
+    assert (alone.buffer, alone.length) == (prefix.buffer, 6)
+    assert alone.last_D is prefix.last_D
     _, (first, _) = read_blocks(denoiser, [row_of(ids_L, 2, 3, prefix), row_of(ids_L, 2, 3)])
-    assert alone is first is prefix
+    same(first, prefix)
+    assert first.buffer is not prefix.buffer
 
 
-def test_a_cache_begins_without_a_copy():
-    keys, values = torch.randn(1, 2, 5, 4), torch.randn(1, 2, 5, 4)
-    cache = cache_of([(keys.expand(3, -1, -1, -1), values)])
-    assert cache.get_seq_length() == 5
-    assert cache.layers[0].keys.data_ptr() == keys.data_ptr()
-    assert cache.layers[0].values is values
-    assert cache_of([]).get_seq_length() == 0
+def test_two_ways_to_go_on_from_one_prefix_do_not_meet():
+    denoiser = block_student()
+    one_L, other_L = text(9, 1), text(9, 2)
+    other_L[:3] = one_L[:3]
+    _, (prefix,) = read_blocks(denoiser, [row_of(one_L, 1, 3)])
+    _, (one,) = read_blocks(denoiser, [row_of(one_L, 2, 3, prefix)])
+    before = [part.clone() for layer in one.layers for part in layer]
+    _, (other,) = read_blocks(denoiser, [row_of(other_L, 2, 3, prefix)])
+    after = [part for layer in one.layers for part in layer]
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    _, (expected,) = read_blocks(denoiser, [row_of(other_L, 2, 3)])
+    same(other, expected)
 
 
 @pytest.mark.parametrize("shift", [False, True])
@@ -217,7 +239,7 @@ def test_position_0_of_a_shifted_model_cannot_be_asked_for():
         read_blocks(block_student(shift=True), [row])
     found, (prefix,) = logits(block_student(), [row])
     assert found.shape == (1, 16)
-    assert prefix == Prefix()
+    assert (prefix.length, prefix.last_D) == (0, None)
 
 
 def test_a_full_canvas_has_no_blocks():

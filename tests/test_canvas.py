@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mdm.cache import Prefix
+from mdm.buffers import Prefix
 from mdm.canvas import NOTHING_READ, Canvas, SamplerSettings
 from mdm.errors import ConfigError
 

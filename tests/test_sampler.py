@@ -18,17 +18,8 @@ from mdm.canvas import NOTHING_READ, SamplerSettings
 from mdm.convert import make_bidirectional
 from mdm.denoiser import Denoiser
 from mdm.errors import ConfigError
-from mdm.sampler import (
-    block_logits,
-    denoise,
-    guide,
-    gumbel_argmax,
-    make_canvas,
-    nucleus,
-    propose,
-    reached_end,
-    take_step,
-)
+from mdm.proposals import propose
+from mdm.sampler import denoise, make_canvas, open_logits, reached_end, take_step
 
 START, END, MASK, V = 12, 13, 15, 16
 G = 8
@@ -186,14 +177,14 @@ def test_a_step_that_fails_changes_nothing(failing, monkeypatch):
 
     def breaking(real):
         def call(*arguments, **more):
-            if next(calls) == (1 if failing == "forward" else 2):  # the last row's proposals
+            if next(calls) == (1 if failing == "forward" else 2):  # the last group's proposals
                 raise MemoryError
             return real(*arguments, **more)
 
         return call
 
     if failing == "forward":
-        monkeypatch.setattr(denoiser, "forward", breaking(denoiser.forward))
+        monkeypatch.setattr(denoiser, "rows", breaking(denoiser.rows))
         take_step(denoiser, dict(enumerate(rows)))
     else:
         monkeypatch.setattr("mdm.sampler.propose", breaking(propose))
@@ -357,52 +348,7 @@ def test_the_mask_is_never_proposed(remasking, temperature, cfg_scale):
     assert not (canvas.ids_L == MASK).any()
 
 
-def test_guidance_formula():
-    conditional, unconditional = torch.randn(3, 4), torch.randn(3, 4)
-    conditional[:, 2] = unconditional[:, 2] = -math.inf
-    guided = guide(conditional, unconditional, 0.7)
-    assert (guided[:, 2] == -math.inf).all()
-    kept = [0, 1, 3]
-    expected = 1.7 * conditional[:, kept] - 0.7 * unconditional[:, kept]
-    assert torch.allclose(guided[:, kept], expected, atol=1e-6)
-
-
 # --- the nucleus -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("top_p", "temperature", "kept"),
-    [
-        (1.0, 1.0, {0, 1, 2, 3}),
-        (0.99, 1.0, {0, 1, 2, 3}),
-        (0.9, 1.0, {0, 1, 2}),
-        (0.79, 1.0, {0, 1}),
-        (0.5, 1.0, {0, 1}),
-        (0.49, 1.0, {0}),
-        (1e-9, 1.0, {0}),
-        (0.79, 0.5, {0, 1}),  # .658, .263, .066, .013
-        (0.6, 0.5, {0}),
-        (0.79, 4.0, {0, 1, 2}),  # flatter: .306, .255, .218, .221
-    ],
-)
-def test_nucleus_is_the_fewest_tokens_that_hold_top_p(top_p, temperature, kept):
-    probs = torch.tensor([0.495, 0.31, 0.155, 0.04], dtype=torch.float64)
-    shuffle = torch.tensor([2, 0, 3, 1])
-    found = nucleus(torch.stack([probs, probs[shuffle]]).log(), temperature, top_p)
-    assert set(found[0].isfinite().nonzero()[:, 0].tolist()) == kept
-    assert set(shuffle[found[1].isfinite()].tolist()) == kept
-    inside = found[0].isfinite()
-    assert torch.equal(found[0][inside], probs.log()[inside])
-
-
-def test_nucleus_leaves_forbidden_tokens_out():
-    logits_nV = torch.tensor([[1.0, -math.inf, 0.0], [-math.inf, -math.inf, 0.0]])
-    before = logits_nV.clone()
-    assert nucleus(logits_nV, 1.0, 0.999).isfinite().tolist() == [
-        [True, False, True],
-        [False, False, True],
-    ]
-    assert torch.equal(logits_nV, before)
 
 
 def test_proposals_come_from_the_nucleus():
@@ -426,13 +372,6 @@ def test_confidence_is_that_of_all_tokens_whatever_the_nucleus():
     assert float(step.commits[0].confidence_k) == pytest.approx(expected, rel=1e-5)
 
 
-def test_extreme_noise_gives_no_nan():
-    # u = 0 makes the noise -inf; the largest u a float64 generator gives makes it about 37.
-    uniforms_nV = torch.tensor([[0.0, 0.5, 1 - 2**-53], [0.0, 0.0, 0.5]], dtype=torch.float64)
-    logits_nV = torch.tensor([[0.0, 1.0, -math.inf], [50.0, -math.inf, 0.0]])
-    assert gumbel_argmax(logits_nV, uniforms_nV, 1.0).tolist() == [1, 2]
-
-
 def test_ties_go_to_the_lowest_token_and_position():
     # T2: no ties may be broken by chance or by the device.
     denoiser = scripted({})
@@ -452,17 +391,6 @@ def test_confidence_is_float32_whatever_the_model_computes_in():
 
 
 # --- the end token -------------------------------------------------------------------------------
-
-
-def test_proposing_leaves_the_logits_alone():
-    # T10
-    denoiser = scripted({END: 1.0})
-    settings = replace(FULL, suppress_eos=True, eos_last=True, temperature=1.0)
-    canvas = make_canvas(denoiser, [START, MASK], settings)
-    logits_nV = torch.randn(1, V)
-    before = logits_nV.clone()
-    propose(logits_nV, canvas, END)
-    assert torch.equal(logits_nV, before)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 3.0])
@@ -660,7 +588,7 @@ def test_every_step_with_a_cache_is_one_over_two_streams(family, shift, attentio
     for length in range(int(shift), 2 * SIZE + 2):
         canvas = make_canvas(denoiser, [*PROMPTS[:length], *[MASK] * 5], FULL)
         while not canvas.finished:
-            (found,), _ = block_logits(denoiser, [canvas])
+            (found,) = open_logits(denoiser, [canvas])
             wanted_L = torch.zeros_like(canvas.open_L)
             wanted_L[canvas.blocks[0]] = canvas.open_L[canvas.blocks[0]]
             with torch.no_grad():
@@ -731,7 +659,7 @@ def test_of_the_text_after_a_hole_its_last_block_is_seen(attention):
     denoiser = block_student(attention=attention)
 
     def first(ids):
-        (found,), _ = block_logits(denoiser, [make_canvas(denoiser, ids, FULL)])
+        (found,) = open_logits(denoiser, [make_canvas(denoiser, ids, FULL)])
         return found[:, :MASK]
 
     before = first([START, MASK, 4, 5, 6])
