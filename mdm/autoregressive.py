@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .buffers import Body, Prefix, eager_body
+from .buffers import EAGER, Prefix, Runner
 from .causal import read_on
 from .config import require
 from .denoiser import has_plain_head, max_length, probe_attention, row_chunks
@@ -46,7 +46,7 @@ class Autoregressive:
         self.vocab = vocab
         self.more_ends = more_ends
         self.plain_head = has_plain_head(model)
-        self.body: Body = eager_body  # how a batch is run (acceleration.py)
+        self.runner: Runner = EAGER  # how forwards with a cache are run (acceleration.py)
 
     def head(self, rows_ND: torch.Tensor) -> torch.Tensor:
         """(N, V) float32 logits from the inputs of the head; unused rows of the head are left out."""

@@ -1,9 +1,9 @@
 """Keys and values where they stay: the place of a token in its row's buffer is its position in the text.
 
-A batch of rows has one buffer, as long as its longest row. A forward writes the keys and values of what it
-reads in place and attends to the buffer as it stands; nothing is copied from step to step. What a row has read for good is its `Prefix`; what stands behind that is
-scratch, so a forward that fails, or tokens that were masks, leave nothing behind. Only when other rows share
-a forward than before are they moved to a buffer of their own (`settle`).
+A batch of rows has one buffer. A forward writes the keys and values of what it reads in place and attends
+to the buffer as it stands; nothing is copied from step to step. What a row has read for good is its
+`Prefix`; what stands behind that is scratch, so a forward that fails, or tokens that were masks, leave
+nothing behind. Only when other rows share a forward than before are they moved to a new buffer (`settle`).
 Positions, masks and places are worked out from numbers on the host and sent in two small tensors, so a step
 waits for the device only when it asks for the result.
 Shapes: B rows, Q tokens read now, K keys, C capacity, H heads, W width of a head, D width of the model,
@@ -33,7 +33,7 @@ class Reader(Protocol):
 
     model: PreTrainedModel
     plain_head: bool
-    body: Body
+    runner: Runner
 
     @property
     def device(self) -> torch.device: ...
@@ -101,7 +101,7 @@ class Prefix:
         return self.buffer is not None and self.buffer.filled[self.slot] == self.length
 
 
-def settle(prefixes: Sequence[Prefix], capacity: int) -> tuple[Buffer, list[int]]:
+def settle(reader: Reader, prefixes: Sequence[Prefix], capacity: int) -> tuple[Buffer, list[int]]:
     """A buffer of at least this capacity with these rows, and the place of each in it.
 
     If they are where they have to be, nothing is done; otherwise they are copied into a new buffer.
@@ -114,7 +114,7 @@ def settle(prefixes: Sequence[Prefix], capacity: int) -> tuple[Buffer, list[int]
         and sorted(slots) == list(range(len(prefixes)))
     ):
         return buffer, slots
-    buffer = Buffer(len(prefixes), -(-capacity // GRAIN) * GRAIN)
+    buffer = reader.runner.make_buffer(len(prefixes), capacity)
     for slot, prefix in enumerate(prefixes):
         for index, (keys, values) in zip(prefix.indices, prefix.layers, strict=True):
             to_keys, to_values = buffer.layer(index, keys, values)
@@ -137,9 +137,9 @@ class Batch:
 
     x_BQ      tokens, with padding behind those of a row
     queries   where they stand; padding is document -1
-    keys      (B, K) what stands in the buffer after this forward has written; None: everything there may
-              be seen by everything, so no mask is needed
+    keys      (B, K) what stands in the buffer after this forward has written
     visible   which query may see which key
+    plain     the kernel finds that out by itself: everything sees everything, or a text is read causally
     place_BQ  where keys and values are written
     start     the same, if it is one slice for all rows
     length    K
@@ -148,15 +148,25 @@ class Batch:
 
     x_BQ: torch.Tensor
     queries: Tokens
-    keys: Tokens | None
+    keys: Tokens
     visible: Visible
+    plain: bool
     place_BQ: torch.Tensor
     start: int | None
     length: int
     buffer: Buffer
 
 
-Body = Callable[[Any, Batch], torch.Tensor]
+@dataclasses.dataclass(frozen=True)
+class Runner:
+    """How forwards are run (acceleration.py).
+
+    body         (reader, batch) -> (B, Q, D) last hidden states
+    make_buffer  (rows, capacity) -> a buffer of at least this capacity
+    """
+
+    body: Callable[[Any, Batch], torch.Tensor]
+    make_buffer: Callable[[int, int], Buffer]
 
 
 def places(reads: Sequence[slice], buffer: Buffer) -> tuple[torch.Tensor, int | None]:
@@ -182,7 +192,7 @@ def read(
     """
     before = 0 if kept_MD is None else len(kept_MD)
     if reader.plain_head:
-        outputs_MD = reader.body(reader, batch).flatten(0, 1)
+        outputs_MD = reader.runner.body(reader, batch).flatten(0, 1)
     else:
         # This head runs inside the model, so it is told where; the device waits for a count here.
         needed_M = torch.zeros(before + batch.x_BQ.numel(), dtype=torch.bool)
@@ -202,6 +212,14 @@ def eager_body(reader: Reader, batch: Batch) -> torch.Tensor:
     return states_BQD
 
 
+def new_buffer(rows: int, capacity: int) -> Buffer:
+    """One that lasts for a while."""
+    return Buffer(rows, -(-capacity // GRAIN) * GRAIN)
+
+
+EAGER = Runner(eager_body, new_buffer)
+
+
 def call(reader: Reader, batch: Batch, module: Any, **options: Any) -> Any:
     """What the model (or its body) says of a batch; its keys and values are in the buffer then.
 
@@ -213,7 +231,7 @@ def call(reader: Reader, batch: Batch, module: Any, **options: Any) -> Any:
     device = reader.device
     x_BQ, queries = sent(batch.x_BQ, batch.queries, device)
     mask: Any = None
-    if batch.keys is not None:
+    if not batch.plain:
         _, keys = sent(None, batch.keys, device)
         seen, dtype = batch.visible(queries, keys), reader.model.dtype
         if isinstance(seen, dict):

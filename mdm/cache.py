@@ -61,7 +61,7 @@ def read_blocks(denoiser: Denoiser, rows: Sequence[Row]) -> tuple[torch.Tensor, 
     assert denoiser.block_size is not None, "not a block diffusion model"
     keys = max(row.block.stop for row in rows)
     # One place more: where padding goes.
-    buffer, slots = settle([row.prefix for row in rows], keys + 1)
+    buffer, slots = settle(denoiser, [row.prefix for row in rows], keys + 1)
     by_slot = [rows[slots.index(slot)] for slot in range(len(rows))]
     width = max(row.read.stop - row.read.start for row in rows)
     place_BQ, start = places([row.read for row in by_slot], buffer)
@@ -69,10 +69,11 @@ def read_blocks(denoiser: Denoiser, rows: Sequence[Row]) -> tuple[torch.Tensor, 
     batch = Batch(
         x_BQ,
         queries,
-        None if _all_visible(denoiser, by_slot) else _keys(denoiser, by_slot, keys),
+        _keys(denoiser, by_slot, keys),
         functools.partial(
             attention.block_visible, block_size=denoiser.block_size, attention=denoiser.attention
         ),
+        _all_visible(denoiser, by_slot),
         place_BQ,
         start,
         keys,

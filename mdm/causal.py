@@ -28,7 +28,7 @@ def read_on(
     ends = [prefix.length + len(tokens) for tokens, prefix in rows]
     length, width = max(ends), max(len(tokens) for tokens, _ in rows)
     # One place more: where padding goes.
-    buffer, slots = settle([prefix for _, prefix in rows], length + 1)
+    buffer, slots = settle(reader, [prefix for _, prefix in rows], length + 1)
     order = [slots.index(slot) for slot in range(len(rows))]
     place_BQ, start = places([slice(starts[i], ends[i]) for i in order], buffer)
     shape = (len(rows), width)
@@ -46,8 +46,9 @@ def read_on(
     batch = Batch(
         x_BQ,
         _tokens(document_BQ, position_BQ),
-        None if plain else _keys([ends[i] for i in order], length),
+        _keys([ends[i] for i in order], length),
         functools.partial(_visible, windows=windows),
+        plain,
         place_BQ,
         start,
         length,

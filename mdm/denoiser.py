@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import attention
 from .attention import FULL
-from .buffers import Body, eager_body
+from .buffers import EAGER, Runner
 from .errors import CheckpointError, ConfigError, check_known
 from .vocab import Vocab
 
@@ -66,7 +66,7 @@ class Denoiser(nn.Module):
         check_attention(self.attention, block_size)
         self.lineage = lineage
         self.mask_id: int = vocab.mask_id
-        self.body: Body = eager_body  # how a batch of blocks is run (acceleration.py)
+        self.runner: Runner = EAGER  # how forwards with a cache are run (acceleration.py)
         # From our states to a teacher's. Only training sets and uses it; it is not saved with the model.
         self.projection: nn.Module | None = None
         # A model with sliding windows would keep its window; an explicit mask lifts it on every layer.

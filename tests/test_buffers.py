@@ -1,14 +1,17 @@
 """Buffers: what is where, what is copied, what a forward may leave behind."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from students import random_student
 
 from mdm.attention import Tokens
-from mdm.buffers import GRAIN, Batch, Buffer, Layer, Prefix, places, read, settle
+from mdm.buffers import EAGER, GRAIN, Batch, Buffer, Layer, Prefix, places, read, settle
 from mdm.errors import CheckpointError
 
 HEADS, WIDTH = 2, 4
+READER = SimpleNamespace(runner=EAGER)  # all that settling needs
 
 
 def filled(rows, length, capacity=GRAIN):
@@ -43,7 +46,7 @@ def test_a_prefix_is_a_view_of_its_row():
 def test_rows_that_are_in_place_stay(order):
     buffer = filled(3, 5)
     prefixes = prefixes_of(buffer)
-    assert settle([prefixes[i] for i in order], GRAIN) == (buffer, order)
+    assert settle(READER, [prefixes[i] for i in order], GRAIN) == (buffer, order)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +66,7 @@ def test_others_are_moved_together(name):
     if name == "gone on":
         buffer.filled[1] = 7
     before = [[part.clone() for layer in one.layers for part in layer] for one in chosen]
-    found, slots = settle(chosen, capacity)
+    found, slots = settle(READER, chosen, capacity)
     assert found is not buffer
     assert slots == list(range(len(chosen)))
     assert found.capacity == (2 * GRAIN if name == "too short" else GRAIN)
@@ -106,7 +109,7 @@ def test_a_layer_writes_in_place_and_shows_the_keys(start):
     before = [part.clone() for part in buffer.layers[1]]
     place_BQ = torch.tensor([[2, 3], [2, 3]] if start else [[2, 3], [9, 63]])
     tokens = Tokens(*(torch.zeros(2, 2, dtype=torch.long) for _ in range(4)))
-    batch = Batch(place_BQ, tokens, None, lambda q, k: None, place_BQ, start, 10, buffer)
+    batch = Batch(place_BQ, tokens, tokens, None, True, place_BQ, start, 10, buffer)
     layer = Layer(batch, 1, None if start else place_BQ)
     new = torch.randn(2, HEADS, 2, WIDTH)
     keys, values = layer.update(new, 2 * new)
@@ -126,7 +129,7 @@ def test_numbers_of_another_type_are_stored_in_that_of_the_buffer():
     buffer = filled(1, 2)
     place_BQ = torch.tensor([[5, 9]])
     tokens = Tokens(*(torch.zeros(1, 2, dtype=torch.long) for _ in range(4)))
-    batch = Batch(place_BQ, tokens, None, lambda q, k: None, place_BQ, None, 10, buffer)
+    batch = Batch(place_BQ, tokens, tokens, None, True, place_BQ, None, 10, buffer)
     keys, _ = Layer(batch, 0, place_BQ).update(*[torch.ones(1, HEADS, 2, WIDTH).bfloat16()] * 2)
     assert keys.dtype == torch.float32
     assert (keys[0, :, [5, 9]] == 1).all()
@@ -138,7 +141,7 @@ def test_outputs_come_in_the_order_asked_for_kept_ones_first(family):
     x_BQ = torch.tensor([[12, 3, 4], [12, 5, 6]])
     position_BQ = torch.arange(3).expand(2, -1)
     tokens = Tokens(torch.zeros_like(x_BQ), position_BQ, torch.zeros_like(x_BQ), x_BQ == 15)
-    batch = Batch(x_BQ, tokens, None, lambda q, k: None, position_BQ, 0, 3, Buffer(2, GRAIN))
+    batch = Batch(x_BQ, tokens, tokens, None, True, position_BQ, 0, 3, Buffer(2, GRAIN))
     with torch.no_grad():
         everything = read(denoiser, batch, torch.arange(6))
         wanted = torch.tensor([5, 0, 3, 3, 1])
@@ -160,6 +163,6 @@ def test_a_model_that_keeps_nothing_is_told(monkeypatch):
     tokens = Tokens(
         torch.zeros_like(x_BQ), torch.arange(2)[None], torch.zeros_like(x_BQ), x_BQ == 15
     )
-    batch = Batch(x_BQ, tokens, None, lambda q, k: None, x_BQ, 0, 2, Buffer(1, GRAIN))
+    batch = Batch(x_BQ, tokens, tokens, None, True, x_BQ, 0, 2, Buffer(1, GRAIN))
     with pytest.raises(CheckpointError, match="cannot be read block by block: its code keeps no"):
         read(denoiser, batch, torch.arange(2))

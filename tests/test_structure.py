@@ -55,6 +55,7 @@ ROOMS = (
     "likelihood",
     "generate",
     "autoregressive",
+    "acceleration",
     "fim",
     "view",
     "runs",
