@@ -44,8 +44,9 @@ lint: setup ## style, format, types
 	$(PIP) install --no-deps --no-build-isolation --target .tc .
 	cd .tc && ../$(BIN)/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p mdm
 
-bench: setup ## time one training step
-	$(BIN)/mdm bench train-step
+# The real ones take hours on two cores: `mdm bench all`.
+bench: setup ## run every benchmark once, with tiny models
+	$(BIN)/mdm bench all --smoke
 
 clean: ## remove what is built or cached; .venv and runs/ stay
 	rm -rf .tc build dist .pytest_cache .ruff_cache .mypy_cache *.egg-info

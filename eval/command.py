@@ -76,6 +76,28 @@ def _names(ctx: click.Context, parameter: click.Parameter, text: str | None) -> 
     help="low_confidence, random, margin or entropy.",
 )
 @click.option("--threshold", type=float, help="Keep all proposals this sure, instead of --steps.")
+@click.option(
+    "--factor",
+    type=float,
+    help="Keep the n surest while (n+1)(1 - confidence) is below this, instead of --steps.",
+)
+@click.option(
+    "--entropy-bound",
+    type=float,
+    help="Keep the surest while all entropies but the last sum to this, in nats, instead of --steps;"
+    " with --remasking entropy.",
+)
+@click.option(
+    "--cache",
+    default="none",
+    show_default=True,
+    help="none, prefix or dual: approximate, of a model without blocks.",
+)
+@click.option(
+    "--refresh",
+    type=int,
+    help="Steps after which --cache is made anew.  [default: at each block]",
+)
 @click.option("--cfg-scale", default=0.0, show_default=True, help="Guidance strength; 0 = off.")
 @click.option("--suppress-eos", is_flag=True, help="Never propose the end token.")
 @click.option("--eos-last", is_flag=True, help="Keep an end token only when nothing else is left.")
@@ -114,6 +136,11 @@ def _names(ctx: click.Context, parameter: click.Parameter, text: str | None) -> 
     "--batch-tokens", default=4096, show_default=True, help="Tokens of one scoring forward."
 )
 @click.option("--dtype", default="float32", show_default=True, help="float32, bfloat16 or float16.")
+@click.option(
+    "--quantization",
+    default="",
+    help="int8_dynamic: linear layers in 8 bits, on a CPU.  [default: none]",
+)
 @click.option("--device", help="cpu, cuda, cuda:1 …  [default: the GPU if there is one]")
 @click.option("--seed", default=0, show_default=True, help="Of sampling, masks and spans.")
 @click.option(

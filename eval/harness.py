@@ -59,6 +59,8 @@ class MdmLM(LM):
             source = model or str(last_finished())
             if str(device).startswith("cuda") and not torch.cuda.is_available():
                 device = None  # lm-eval says "cuda:0" by default, also where there is no GPU
+            if "cache" in settings:  # lm-eval reads "none" as None
+                settings["cache"] = settings["cache"] or "none"
             evaluated = open_evaluated(
                 source, model_settings(batch_size=number, **settings), device
             )

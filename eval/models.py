@@ -28,6 +28,7 @@ from mdm.config import build, require
 from mdm.denoiser import Denoiser
 from mdm.errors import ConfigError, check_known, unknown
 from mdm.generate import Generation, Hole, fill
+from mdm.int8 import check_quantization, quantise
 from mdm.likelihood import Likelihood, LikelihoodSettings, Pair
 from mdm.loading import DTYPES, dtype_of
 from mdm.published import code_hash, has_own_code
@@ -50,6 +51,7 @@ class ModelSettings:
     window      tokens of a window of a rolling likelihood; null = the model's length
     batch_size  texts written at a time
     dtype       float32, bfloat16 or float16
+    quantization  "int8_dynamic": linear layers in 8 bits, on a CPU (mdm/int8.py); "" = none
     seed        of sampling and masks
     """
 
@@ -60,10 +62,12 @@ class ModelSettings:
     window: int | None = None
     batch_size: int = 8
     dtype: str = "float32"
+    quantization: str = ""
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_known("dtype", self.dtype, DTYPES)
+        check_quantization(self.quantization, self.dtype)
         require(self.batch_size >= 1, f"batch_size must be at least 1; got {self.batch_size}")
         for name, least in (("gen_length", 1), ("window", 2)):
             value = getattr(self, name)
@@ -100,7 +104,7 @@ class Evaluated:
     """A loaded model and the settings it is evaluated with.
 
     source    where it came from
-    identity  what tells it from other models: kind, weights hash, vocabulary, dtype
+    identity  what tells it from other models: kind, weights hash, vocabulary, dtype, quantization
     """
 
     model: Denoiser | Autoregressive
@@ -214,10 +218,13 @@ def open_evaluated(source: str, settings: ModelSettings, device: str | None = No
         vocab = read_vocab(tokenizer)
         model, moved = Autoregressive(network, vocab, fim.end_ids(vocab)), network
     to_device(moved, device)
-    return Evaluated(model, settings, source, identity_of(model, source, settings.dtype))
+    identity = identity_of(model, source, settings.dtype, settings.quantization)
+    return Evaluated(quantise(model, settings.quantization), settings, source, identity)
 
 
-def identity_of(model: Denoiser | Autoregressive, source: str, dtype: str) -> dict[str, Any]:
+def identity_of(
+    model: Denoiser | Autoregressive, source: str, dtype: str, quantization: str = ""
+) -> dict[str, Any]:
     """Everything about a model that decides its answers."""
     student = isinstance(model, Denoiser)
     ours = (
@@ -233,4 +240,6 @@ def identity_of(model: Denoiser | Autoregressive, source: str, dtype: str) -> di
         **({"code": code_hash(source)} if has_own_code(source) else {}),
         "vocab": model.vocab.fingerprint[:16],
         "dtype": dtype,
+        # Left out if there is none: results from before there was any stay valid.
+        **({"quantization": quantization} if quantization else {}),
     }

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 DTYPE_HELP = "float32, bfloat16 or float16."
+QUANTIZATION_HELP = "int8_dynamic: linear layers in 8 bits, on a CPU.  [default: none]"
 MODEL_HELP = "Model folder.  [default: the last finished run in runs/]"
 
 
@@ -124,6 +125,16 @@ def blocks_of(student: Any) -> str:
 @click.option("--remasking", default="low_confidence", show_default=True,
               help="low_confidence, random, margin or entropy.")  # fmt: skip
 @click.option("--threshold", type=float, help="Keep all proposals this sure, instead of --steps.")
+@click.option("--factor", type=float,
+              help="Keep the n surest while (n+1)(1 - confidence) is below this, instead of"
+              " --steps.")  # fmt: skip
+@click.option("--entropy-bound", type=float,
+              help="Keep the surest while all entropies but the last sum to this, in nats, instead of"
+              " --steps; with --remasking entropy.")  # fmt: skip
+@click.option("--cache", default="none", show_default=True,
+              help="none, prefix or dual: approximate, of a model without blocks.")  # fmt: skip
+@click.option("--refresh", type=int,
+              help="Steps after which --cache is made anew.  [default: at each block]")  # fmt: skip
 @click.option("--cfg-scale", default=0.0, show_default=True, help="Guidance strength; 0 = off.")
 @click.option("--stop", multiple=True, help="Cut the text at this string; can be repeated.")
 @click.option("--suppress-eos", is_flag=True, help="Never propose the end token.")
@@ -136,6 +147,7 @@ def blocks_of(student: Any) -> str:
 @click.option("--seed", default=0, show_default=True, help="Of --temperature and random remasking.")
 @click.option("--device", help="cpu, cuda, cuda:1 …  [default: the GPU if there is one]")
 @click.option("--dtype", default="float32", show_default=True, help=DTYPE_HELP)
+@click.option("--quantization", default="", help=QUANTIZATION_HELP)
 @click.option("--show", is_flag=True, help="Show the denoising of the first text as it goes.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with all details.")
 def generate(
@@ -151,6 +163,7 @@ def generate(
     seed: int,
     device: str | None,
     dtype: str,
+    quantization: str,
     show: bool,
     as_json: bool,
     **sampling: Any,
@@ -169,7 +182,7 @@ def generate(
     request = text.request_of(prompt, prefix, suffix, span, gen_length, chat=chat, stop=stop)
     if num_samples < 1:
         raise click.BadParameter("must be at least 1", param_hint="--num-samples")
-    denoiser, path = open_model(model, device, dtype)
+    denoiser, path = open_model(model, device, dtype, quantization)
     began = time.monotonic()
     with watching(denoiser, show) as watch:
         results = text.generate(denoiser, [request] * num_samples, settings, seed=seed, watch=watch)
@@ -180,6 +193,7 @@ def generate(
             "request": dataclasses.asdict(request),
             "settings": dataclasses.asdict(settings),
             "dtype": dtype,
+            "quantization": quantization,
             "seed": seed,
             "generations": [dataclasses.asdict(result) for result in results],
             "seconds": seconds,
@@ -193,19 +207,26 @@ def generate(
     click.echo(f"{tokens} tokens, {forwards} forwards, {seconds:.1f} s", err=True)
 
 
-def open_model(model: Path | None, device: str | None, dtype: str = "float32") -> tuple[Any, Path]:
-    """The denoiser of --model, or of the last finished run (and say so), on the device."""
+def open_model(
+    model: Path | None, device: str | None, dtype: str = "float32", quantization: str = ""
+) -> tuple[Any, Path]:
+    """The denoiser of --model, or of the last finished run (and say so), on the device.
+
+    Raises ConfigError for a number type, device or quantization that does not work.
+    """
     from .checkpoint import load_denoiser
+    from .int8 import check_quantization, quantise
     from .loading import dtype_of
     from .runs import last_finished
 
     numbers = dtype_of(dtype)
+    check_quantization(quantization, dtype)
     if model is None:
         model = last_finished()
         click.echo(f"model: {model} (the last finished run)", err=True)
     denoiser = load_denoiser(model, dtype=numbers)
     to_device(denoiser, device)
-    return denoiser, model
+    return quantise(denoiser, quantization), model
 
 
 def to_device(module: Any, device: str | None) -> None:

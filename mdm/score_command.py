@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from .commands import DTYPE_HELP, MODEL_HELP
+from .commands import DTYPE_HELP, MODEL_HELP, QUANTIZATION_HELP
 
 
 @click.command(short_help="How likely a continuation or a file is.")
@@ -30,6 +30,7 @@ from .commands import DTYPE_HELP, MODEL_HELP
 @click.option("--seed", default=0, show_default=True, help="Of the masks.")
 @click.option("--device", help="cpu, cuda, cuda:1 …  [default: the GPU if there is one]")
 @click.option("--dtype", default="float32", show_default=True, help=DTYPE_HELP)
+@click.option("--quantization", default="", help=QUANTIZATION_HELP)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with all details.")
 def score(
     context: str | None,
@@ -40,6 +41,7 @@ def score(
     model: str | None,
     device: str | None,
     dtype: str,
+    quantization: str,
     as_json: bool,
     **estimation: Any,
 ) -> None:
@@ -68,7 +70,7 @@ def score(
     settings = LikelihoodSettings(**estimation)
     if (file is None) == (context is None or continuation is None):
         raise ConfigError("give either CONTEXT and CONTINUATION, or --file")
-    opened = open_scored(model, device, dtype)
+    opened = open_scored(model, device, dtype, quantization)
     if file is None:
         assert context is not None
         assert continuation is not None
@@ -93,6 +95,7 @@ def score(
         "model": opened.name,
         "settings": dataclasses.asdict(settings),
         "dtype": dtype,
+        "quantization": quantization,
         "window": window if file is not None else None,
         "overlap": overlap if file is not None else None,
     }
@@ -118,25 +121,31 @@ class _Opened:
     score: Any
 
 
-def open_scored(model: str | None, device: str | None, dtype: str = "float32") -> _Opened:
+def open_scored(
+    model: str | None, device: str | None, dtype: str = "float32", quantization: str = ""
+) -> _Opened:
     """The student of --model (or of the last finished run), or an AR model."""
     from . import autoregressive, likelihood
     from .checkpoint import load_ar, opens_as_denoiser
     from .commands import open_model, to_device
+    from .int8 import check_quantization, quantise
     from .loading import dtype_of
     from .vocab import read_vocab
 
     if model is None or opens_as_denoiser(model):
-        denoiser, path = open_model(Path(model) if model else None, device, dtype)
+        place = Path(model) if model else None
+        denoiser, path = open_model(place, device, dtype, quantization)
 
         def score_student(pairs: Any, settings: Any) -> Any:
             return likelihood.log_likelihood(denoiser, pairs, settings)
 
         vocab = denoiser.vocab
         return _Opened(str(path), vocab, denoiser.max_length, (vocab.start_id,), score_student)
-    network, tokenizer = load_ar(model, dtype=dtype_of(dtype))
+    numbers = dtype_of(dtype)
+    check_quantization(quantization, dtype)
+    network, tokenizer = load_ar(model, dtype=numbers)
     to_device(network, device)
-    ar = autoregressive.Autoregressive(network, read_vocab(tokenizer))
+    ar = quantise(autoregressive.Autoregressive(network, read_vocab(tokenizer)), quantization)
 
     def score_ar(pairs: Any, settings: Any) -> Any:
         return autoregressive.log_likelihood(ar, pairs, batch_tokens=settings.batch_tokens)

@@ -31,7 +31,7 @@ from .errors import (
 )
 from .jobs import Committed, Event, Failed, FillUnit, Job, JobDone, RowDone, StepsUnit, Unit
 from .limits import Limits
-from .memory import Footprint, PeakMeter
+from .memory import Footprint, PeakMeter, bytes_per_choice
 from .telemetry import Telemetry
 
 log = logging.getLogger("mdm.serve")
@@ -219,16 +219,12 @@ class Engine:
             return True
         if sum(one.places for one in running) + unit.places > self.limits.max_rows:
             return False
-        held = unit.held_bytes + self._held()
-        return held + max(one.step_bytes for one in (*running, unit)) <= self.workspace
-
-    def _held(self) -> int:
-        """Predicted memory of what all units in work keep between forwards."""
-        return sum(unit.held_bytes for job in self._jobs for unit in job.running)
+        together = (*running, unit)
+        return _held(together) + max(one.step_bytes for one in together) <= self.workspace
 
     def _groups(self, rows: Sequence[Row]) -> list[list[Row]]:
         """Rows that go into one forward: of like length, within the memory and the tokens allowed."""
-        held = self._held()
+        held = _held([unit for job in self._jobs for unit in job.running])
         groups: list[list[Row]] = []
         for row in sorted(rows, key=lambda row: -row[1].read):
             if groups and self._fits([unit for _, unit in (*groups[-1], row)], held):
@@ -251,16 +247,15 @@ class Engine:
     def _step_bytes(self, units: Sequence[FillUnit]) -> int:
         """Predicted memory of one forward for all of them."""
         longest = max(unit.read for unit in units)
-        largest = max(units, key=lambda unit: unit.choice_bytes)
-        has_blocks = self.denoiser.block_size is not None
+        settings = [unit.filling.canvas.settings for unit in units]
+        keeps = any(unit.held_bytes for unit in units)
         return self.footprint.step_bytes(
             sum(unit.rows for unit in units),
             longest,
-            sum(unit.logits for unit in units),
-            largest.outputs,
-            largest.filling.canvas.settings,
+            sum(unit.outputs for unit in units),
+            max(settings, key=lambda own: (own.cfg_scale > 0, bytes_per_choice(own))),
             padded=any(unit.read < longest for unit in units),
-            kept=max(unit.kept for unit in units) if has_blocks else None,
+            kept=max(unit.kept for unit in units) if keeps else None,
         )
 
     def _fill(self, group: Sequence[Row]) -> None:
@@ -269,7 +264,7 @@ class Engine:
         if not group:
             return
         canvases = {number: unit.filling.canvas for number, (_, unit) in enumerate(group)}
-        before = [(unit.filling.canvas.nfe, unit.read) for _, unit in group]
+        before = [unit.filling.canvas.nfe for _, unit in group]
         self.meter.reset()
         began = time.monotonic()
         problem: Exception | None = None
@@ -294,21 +289,18 @@ class Engine:
             job.usage.note_pass(seconds, len(group), reading)
         decided = {commit.row: commit for commit in commits}
         for number, (job, unit) in enumerate(group):
-            nfe, read = before[number]
             try:
-                self._deliver(job, unit, decided[number], canvases[number].nfe - nfe, read)
+                forwards = canvases[number].nfe - before[number]
+                self._deliver(job, unit, decided[number], forwards)
             except Exception as error:  # noqa: BLE001  the edge, as above
                 self._fail(job, _without_frames(error))
 
-    def _deliver(self, job: Job, unit: FillUnit, commit: Commit, forwards: int, read: int) -> None:
-        """Tell what one forward decided in one row, and its text if that was the last.
-
-        `read`: positions it computed of the row; of a guided row so many twice.
-        """
+    def _deliver(self, job: Job, unit: FillUnit, commit: Commit, forwards: int) -> None:
+        """Tell what one forward (of a guided row, two) decided in one row; its text if it was the last."""
         if job.ended:
             return
-        job.usage.note("denoise", forwards, forwards * read)
-        self.telemetry.count_forwards(job.model, "denoise", forwards, forwards * read)
+        job.usage.note(commit.kind, forwards, commit.tokens_read)
+        self.telemetry.count_forwards(job.model, commit.kind, forwards, commit.tokens_read)
         positions = tuple(place - unit.start for place in commit.positions_k.tolist())
         tokens, confidence = tuple(commit.tokens_k.tolist()), tuple(commit.confidence_k.tolist())
         self._tell(job, Committed(unit.row, unit.forward, job.age, positions, tokens, confidence))
@@ -370,7 +362,8 @@ class Engine:
             return
         if len(group) > 1:
             half = self._step_bytes([unit for _, unit in group[: (len(group) + 1) // 2]])
-            self.share = min(self.share, (self._held() + half) / self.workspace)
+            held = _held([unit for job in self._jobs for unit in job.running])
+            self.share = min(self.share, (held + half) / self.workspace)
         if self.denoiser.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -403,3 +396,13 @@ def _without_frames(error: Exception) -> Exception:
 def _told(error: Exception) -> list[str]:
     """Type, text and notes of an error, for the log of the server."""
     return [*getattr(error, "__notes__", []), f"{type(error).__name__}: {error}"]
+
+
+def _held(units: Sequence[Unit]) -> int:
+    """Predicted memory of what these keep between forwards.
+
+    Texts that share a forward share a buffer whose rows are as long as the longest of them.
+    """
+    fills = [unit.held_bytes for unit in units if isinstance(unit, FillUnit)]
+    others = sum(unit.held_bytes for unit in units if not isinstance(unit, FillUnit))
+    return others + len(fills) * max(fills, default=0)

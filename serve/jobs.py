@@ -19,9 +19,9 @@ from mdm.grid import BlockGrid
 from mdm.likelihood import Likelihood
 
 from .errors import ServeError
-from .memory import Reading, bytes_per_choice, highest
+from .memory import Reading, highest
 
-FORWARD_KINDS = ("prefill", "denoise", "decode", "score")
+FORWARD_KINDS = ("prefill", "store", "refresh", "denoise", "decode", "score")
 
 
 @dataclasses.dataclass
@@ -121,9 +121,8 @@ class FillUnit:
     length      of its canvas
     rows        rows it takes in a forward: 2 if guided
     outputs     most positions whose tokens a forward can choose
-    logits      rows of logits that are held for them; a guided position has three
     step_bytes  predicted memory of its largest forward, alone
-    held_bytes  predicted memory of what a model with blocks keeps of it between forwards
+    held_bytes  predicted memory of what is kept of it between forwards
     block_size  of such a model
     """
 
@@ -133,7 +132,6 @@ class FillUnit:
     length: int
     rows: int
     outputs: int
-    logits: int
     step_bytes: int
     held_bytes: int = 0
     block_size: int | None = None
@@ -151,11 +149,6 @@ class FillUnit:
             return self.length
         canvas = self.filling.canvas
         return block_stop(canvas, canvas.blocks[0], self.block_size) - self.kept
-
-    @property
-    def choice_bytes(self) -> int:
-        """What choosing its tokens takes, up to a factor that all rows share."""
-        return self.outputs * bytes_per_choice(self.filling.canvas.settings)
 
     @property
     def places(self) -> int:

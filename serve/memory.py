@@ -3,7 +3,7 @@
 The prediction is made before anything is allocated, so that a request that cannot fit is refused
 with the number that was exceeded. It is a bound from above for the models mdm knows, checked
 against measurement in tests. A model with blocks reads a few tokens a forward and keeps keys and
-values of those before them (mdm/cache.py), so there `length` is what is read and `kept` what is kept.
+values of those before them (mdm/buffers.py), so there `length` is what is read and `kept` what is kept.
 Shapes: B rows, L length, N rows of the head, V vocabulary.
 """
 
@@ -17,7 +17,10 @@ from typing import Any
 import psutil
 import torch
 
+from mdm.buffers import GRAIN
 from mdm.canvas import SamplerSettings
+from mdm.denoiser import CHUNK_BYTES
+from mdm.proposals import CHUNK_TOKENS
 
 MIB = 2**20
 # Bytes that say where a key stands (attention.Tokens), copies included.
@@ -73,7 +76,6 @@ class Footprint:
         rows: int,
         length: int,
         outputs: int,
-        largest: int,
         settings: SamplerSettings,
         *,
         padded: bool = False,
@@ -81,36 +83,36 @@ class Footprint:
     ) -> int:
         """One denoising step: forward, logits and choice of tokens come one after the other.
 
-        `outputs` positions of all rows have logits (a guided one three times: with the prompt,
-        without it, and the two together); tokens are chosen row by row, for at most `largest`
-        positions, with these settings. What rows with blocks keep from earlier steps is not counted.
+        Tokens are chosen for `outputs` positions of all rows, a chunk at a time, with these settings; of
+        guided ones there are logits with the prompt, without it, and the two together. What rows with
+        blocks keep from earlier steps is not counted, but a new buffer for it is.
         """
-        held = outputs * 4 * self.vocab
-        choosing = held + largest * (self.vocab * bytes_per_choice(settings) + 64)
+        chunk = min(outputs, max(1, CHUNK_BYTES // (4 * self.vocab)))
+        times = 3 if settings.cfg_scale > 0 else 1
+        words = -(-self.vocab // CHUNK_TOKENS) * CHUNK_TOKENS  # as a draw pads them
+        choosing = chunk * (words * (times * 4 + bytes_per_choice(settings)) + 64)
         states = rows * length * self.hidden * self.itemsize
         forward = self.forward_bytes(rows, length, padded=padded, kept=kept)
-        most = max(forward, self.logits_bytes(outputs) + states, choosing)
+        most = max(forward, self.logits_bytes(times * chunk) + states, choosing)
         if kept is None:
             return most
-        # The rows' keys side by side, padded to the longest, with the new ones behind them; then they
-        # are cut into rows again. One row is not copied.
-        joined = self.kept_bytes(rows, kept + length)
-        cut = joined + rows * (kept + length) * PLACE + states if rows > 1 else 0
-        return joined + max(most, cut)
+        # Rows that share a forward for the first time, or outgrow their buffer, are moved to a new one.
+        return self.buffer_bytes(rows, kept + length) + most
 
     def kept_bytes(self, rows: int, length: int) -> int:
         """Keys and values of all layers."""
         return 2 * self.layers * rows * length * self.kept_width * self.itemsize
 
-    def cache_bytes(self, rows: int, length: int) -> int:
-        """Keys and values of a causal model; growing copies them once."""
-        return 2 * 2 * self.layers * rows * length * self.kv_width * self.itemsize
+    def buffer_bytes(self, rows: int, length: int) -> int:
+        """A buffer for so many tokens of each row, as it is rounded up."""
+        return self.kept_bytes(rows, -(-(length + 1) // GRAIN) * GRAIN)
 
 
 def bytes_per_choice(settings: SamplerSettings) -> int:
-    """Bytes a logit that choosing tokens takes: log-probabilities, float64 noise, copies."""
-    bytes_ = 44 if settings.temperature > 0 else 12 if settings.remasking == "entropy" else 4
-    return max(bytes_, 9 if settings.cfg_scale > 0 else 0) + (4 if settings.suppress_eos else 0)
+    """Bytes a logit that choosing tokens takes: log-probabilities, probabilities, copies."""
+    drawing = 44 if settings.top_p < 1 else 20
+    bytes_ = drawing if settings.temperature > 0 else 16 if settings.remasking == "entropy" else 4
+    return bytes_ + (4 if settings.suppress_eos else 0)
 
 
 def footprint(model: Any) -> Footprint:

@@ -13,8 +13,6 @@ import time
 from collections.abc import Collection
 from pathlib import Path
 
-import torch
-
 from mdm import autoregressive, fim
 from mdm.autoregressive import Autoregressive
 from mdm.canvas import SamplerSettings
@@ -28,22 +26,23 @@ from mdm.checkpoint import (
 )
 from mdm.commands import to_device
 from mdm.denoiser import Denoiser
-from mdm.errors import ConfigError, check_known
+from mdm.errors import ConfigError
 from mdm.generate import Hole, fill
+from mdm.int8 import check_quantization, num_weights, quantise
+from mdm.loading import dtype_of
 from mdm.vocab import Vocab, read_vocab
 
 from .memory import Footprint, footprint
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclasses.dataclass(frozen=True)
 class Served:
     """One model under a name.
 
-    name     what a request says as `model`
-    source   where it came from
-    weights  hash of its weight files; None for a hub name
+    name          what a request says as `model`
+    source        where it came from
+    weights       hash of its weight files; None for a hub name
+    quantization  "" or "int8_dynamic" (mdm/int8.py)
     """
 
     name: str
@@ -54,6 +53,7 @@ class Served:
     footprint: Footprint
     encoder: Vocab
     decoder: Vocab
+    quantization: str = ""
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
     @property
@@ -67,8 +67,7 @@ class Served:
     @property
     def parameters(self) -> int:
         """Weights, tied ones once."""
-        network = self.model.model
-        return sum(parameter.numel() for parameter in network.parameters())
+        return num_weights(self.model.model)
 
     @property
     def max_length(self) -> int:
@@ -104,29 +103,44 @@ class Served:
         return self.is_student or self.template is not None
 
 
-def open_student(source: str, *, name: str | None, dtype: str, device: str | None) -> Served:
-    """The student behind a source. Raises CheckpointError."""
-    check_known("dtype", dtype, DTYPES)
-    denoiser = load_denoiser(source, dtype=DTYPES[dtype])
+def open_student(
+    source: str, *, name: str | None, dtype: str, device: str | None, quantization: str = ""
+) -> Served:
+    """The student behind a source. Raises CheckpointError, or ConfigError for settings that cannot be."""
+    numbers = dtype_of(dtype)
+    check_quantization(quantization, dtype)
+    denoiser = load_denoiser(source, dtype=numbers)
     to_device(denoiser, device)
-    return _loaded(denoiser, source, name, dtype)
+    return _loaded(denoiser, source, name, dtype, quantization)
 
 
-def open_teacher(source: str, *, name: str | None, dtype: str, device: str | None) -> Served:
+def open_teacher(
+    source: str, *, name: str | None, dtype: str, device: str | None, quantization: str = ""
+) -> Served:
     """An AR model: a folder, a .gguf file, a hub name or "embedded"."""
-    check_known("dtype", dtype, DTYPES)
+    numbers = dtype_of(dtype)
+    check_quantization(quantization, dtype)
     if opens_as_denoiser(source):
         raise ConfigError(f"--teacher {source} is a student; name an autoregressive model")
-    network, tokenizer = load_ar(source, dtype=DTYPES[dtype])
+    network, tokenizer = load_ar(source, dtype=numbers)
     to_device(network, device)
     vocab = read_vocab(tokenizer)
-    return _loaded(Autoregressive(network, vocab, fim.end_ids(vocab)), source, name, dtype)
+    ar = Autoregressive(network, vocab, fim.end_ids(vocab))
+    return _loaded(ar, source, name, dtype, quantization)
 
 
-def _loaded(model: Denoiser | Autoregressive, source: str, name: str | None, dtype: str) -> Served:
+def _loaded(
+    model: Denoiser | Autoregressive, source: str, name: str | None, dtype: str, quantization: str
+) -> Served:
     path = source_path(source)
-    weights = None if path is None else weights_hash(path)
-    return hold(model, name=name or name_of(source), source=source, dtype=dtype, weights=weights)
+    return hold(
+        model,
+        name=name or name_of(source),
+        source=source,
+        dtype=dtype,
+        weights=None if path is None else weights_hash(path),
+        quantization=quantization,
+    )
 
 
 def hold(
@@ -136,17 +150,20 @@ def hold(
     source: str,
     dtype: str = "float32",
     weights: str | None = None,
+    quantization: str = "",
 ) -> Served:
-    """A loaded model under a name."""
+    """A loaded model under a name; with a `quantization` it is quantised in place."""
+    sizes = footprint(model.model)  # before: a quantised head has no weight to look at
     return Served(
         name=name,
         source=source,
-        model=model,
+        model=quantise(model, quantization),
         dtype=dtype,
         weights=weights,
-        footprint=footprint(model.model),
+        footprint=sizes,
         encoder=_own_copy(model.vocab),
         decoder=_own_copy(model.vocab),
+        quantization=quantization,
     )
 
 

@@ -80,11 +80,35 @@ class Sampling(Strict):
     threshold: float | None = Field(
         None, gt=0, le=1, description="Keep every proposal at least this sure, instead of steps."
     )
+    factor: float | None = Field(
+        None,
+        gt=0,
+        description="Keep the n surest proposals while (n + 1)(1 - confidence of the n-th) is below"
+        " this, instead of steps.",
+    )
+    entropy_bound: float | None = Field(
+        None,
+        ge=0,
+        description="Keep the surest proposals while all entropies but the last sum to this, in nats,"
+        " instead of steps; with remasking entropy.",
+    )
     cfg_scale: float = Field(0.0, ge=0, le=100, description="Strength of guidance; 0 = off.")
     suppress_eos: bool = Field(False, description="Never propose the end token.")
     eos_last: bool = Field(False, description="Keep an end token only when nothing else is left.")
     stop_at_eos: bool = Field(
         True, description="End a row once an end token is reached without a gap before it."
+    )
+    cache: str = Field(
+        "none",
+        max_length=64,
+        description="none, or approximate, of a model without blocks: prefix keeps keys and values of"
+        " what stands before the current block, dual of all outside it.",
+    )
+    refresh: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_TOKENS,
+        description="Steps after which such a cache is made anew; null = at the start of each block.",
     )
 
     def sampler(self) -> SamplerSettings:

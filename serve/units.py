@@ -30,17 +30,19 @@ def fill_unit(
     outputs = min(hole.length, settings.block_length or denoiser.block_size or hole.length)
     sizes = served.footprint
     canvas = filling.canvas
-    logits = outputs * (3 if rows == 2 else 1)
-    if denoiser.block_size is None:
-        step_bytes = sizes.step_bytes(rows, hole.total, logits, outputs, canvas.settings)
-        held_bytes = 0
-    else:
+    if denoiser.block_size is not None:
         last = block_stop(canvas, canvas.blocks[-1], denoiser.block_size)
-        held_bytes = sizes.kept_bytes(rows, last)
+        held_bytes = sizes.buffer_bytes(rows, last)
         step_bytes = max(
-            sizes.step_bytes(rows, read, logits, outputs, canvas.settings, kept=kept)
+            sizes.step_bytes(rows, read, outputs, canvas.settings, kept=kept)
             for kept, read in _reads(canvas, denoiser.block_size, last)
         )
+    elif settings.cache != "none":
+        held_bytes = sizes.buffer_bytes(rows, hole.total)
+        step_bytes = sizes.step_bytes(rows, hole.total, outputs, canvas.settings, kept=0)
+    else:
+        held_bytes = 0
+        step_bytes = sizes.step_bytes(rows, hole.total, outputs, canvas.settings)
     return FillUnit(
         row=row,
         filling=filling,
@@ -48,7 +50,6 @@ def fill_unit(
         length=hole.total,
         rows=rows,
         outputs=outputs,
-        logits=logits,
         step_bytes=step_bytes,
         held_bytes=held_bytes,
         block_size=denoiser.block_size,
@@ -98,11 +99,14 @@ def write_unit(
     prompt = max(len(hole.before) for hole in holes)
     return StepsUnit(
         advance,
-        step_bytes=max(
-            sizes.forward_bytes(rows, prompt, padded=True),
-            sizes.logits_bytes(rows) + 64 * sizes.vocab,  # noise and nucleus of one row, float64
+        step_bytes=sizes.step_bytes(
+            rows,
+            prompt,
+            rows,
+            SamplerSettings(temperature=settings.temperature, top_p=settings.top_p),
+            kept=longest - prompt,  # what a last, larger buffer would hold
         ),
-        held_bytes=sizes.cache_bytes(rows, longest),
+        held_bytes=sizes.buffer_bytes(rows, longest),
         places=rows,
     )
 

@@ -157,7 +157,8 @@ def test_generate_json_has_everything(mdm_command, models):
     assert report["settings"] == {
         **{"steps": 4, "block_length": 4, "temperature": 0.7, "remasking": "entropy"},
         **{"cfg_scale": 0.5, "suppress_eos": False, "eos_last": True, "stop_at_eos": True},
-        **{"compat": "default", "top_p": 1.0, "threshold": None},
+        **{"compat": "default", "top_p": 1.0, "threshold": None, "factor": None},
+        **{"entropy_bound": None, "cache": "none", "refresh": None},
     }
     assert report["seed"] == 3
     assert report["seconds"] > 0
@@ -189,6 +190,64 @@ def test_the_number_type_is_a_choice(mdm_command, models):
         code, _, err = mdm_command(*words, "--model", models / model, "--dtype", "bf16")
         assert code == 2
         assert "unknown dtype 'bf16'; did you mean" in err
+
+
+RULES = [
+    (["--threshold", 1e-6], {"threshold": 1e-6}),
+    (["--factor", 50], {"factor": 50.0}),
+    (["--entropy-bound", 99, "--remasking", "entropy"], {"entropy_bound": 99.0}),
+]
+
+
+@pytest.mark.parametrize(("rule", "setting"), RULES)
+def test_a_rule_decides_how_many_tokens_a_forward_writes(mdm_command, models, rule, setting):
+    options = ["--model", models / "student", "--gen-length", 6, "--suppress-eos", "--json"]
+    code, out, err = mdm_command("generate", "ab", *options, *rule)
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["settings"].items() >= setting.items()
+    assert report["generations"][0]["nfe"] == 1  # so lax that all six are kept together
+    strict = ["--entropy-bound", 0, "--remasking", "entropy"]
+    _, out, _ = mdm_command("generate", "ab", *options, *strict)
+    assert json.loads(out)["generations"][0]["nfe"] == 6
+
+
+def test_an_approximate_cache_is_a_setting(mdm_command, models, monkeypatch):
+    seen = []
+
+    def generate(denoiser, requests, settings, **more):
+        seen.append((settings.cache, settings.refresh))
+        return []
+
+    monkeypatch.setattr("mdm.generate.generate", generate)
+    options = ["--model", models / "student", "--json"]
+    mdm_command("generate", "ab", *options)
+    mdm_command("generate", "ab", *options, "--cache", "prefix")
+    mdm_command("generate", "ab", *options, "--cache", "dual", "--refresh", 3)
+    assert seen == [("none", None), ("prefix", None), ("dual", 3)]
+
+
+def test_layers_in_8_bits_are_a_choice(mdm_command, models):
+    written = ["generate", "def f(", "--gen-length", 4, "--suppress-eos", "--json"]
+    scored = ["score", "ab", "cdefgh", "--mc-samples", 7, "--json"]
+    for words, model in ((written, "student"), (scored, "student"), (scored, "ar")):
+        found = {}
+        for name in ("", "int8_dynamic"):
+            chosen = ["--quantization", name] if name else []
+            code, out, err = mdm_command(*words, "--model", models / model, *chosen)
+            assert code == 0, err
+            found[name] = json.loads(out)
+            assert found[name].pop("quantization") == name
+            found[name].pop("seconds", None)
+        assert found[""] != found["int8_dynamic"]  # rounded
+        for chosen, text in (
+            (["--quantization", "int8_dynamics"], "did you mean 'int8_dynamic'?"),
+            (["--quantization", "int8_dynamic", "--dtype", "bfloat16"], "got dtype=bfloat16"),
+        ):
+            # Before anything is loaded.
+            code, out, err = mdm_command(*words, "--model", "nowhere", *chosen)
+            assert (code, out) == (2, "")
+            assert text in err
 
 
 def test_help_tells_the_true_defaults(mdm_command):
@@ -300,6 +359,20 @@ def test_without_a_model_the_last_finished_run_is_taken(mdm_command, models, tmp
         (["x", "--stop", "", "--model", "{student}"], 2, "mdm: a stop string must not be empty"),
         (["x", "--remasking", "low_conf"], 2, "did you mean 'low_confidence'?"),
         (["x", "--compat", "lada"], 2, "did you mean 'llada'?"),
+        (
+            ["x", "--threshold", "0.9", "--factor", "1"],
+            2,
+            "mdm: threshold and factor are rules that exclude each other; give one",
+        ),
+        (["x", "--factor", "1", "--steps", "4"], 2, "mdm: factor decides how many steps there"),
+        (["x", "--factor", "0"], 2, "mdm: factor must be > 0; got 0.0"),
+        (["x", "--factor", "1", "--compat", "llada"], 2, "mdm: the published sampler has no fac"),
+        (["x", "--entropy-bound", "-1"], 2, "mdm: entropy_bound must be >= 0; got -1.0"),
+        (["x", "--entropy-bound", "inf"], 2, "mdm: entropy_bound must be >= 0; got inf"),
+        (["x", "--entropy-bound", "0.1"], 2, "mdm: entropy_bound needs another confidence"),
+        (["x", "--cache", "prefx"], 2, "did you mean 'prefix'?"),
+        (["x", "--refresh", "2"], 2, "mdm: refresh=2 is for an approximate cache; choose cache="),
+        (["x", "--refresh", "0", "--cache", "dual"], 2, "mdm: refresh must be at least 1; got 0"),
         (["x", "-n", "0", "--model", "{student}"], 2, "must be at least 1"),
         (["x", "--steps", "3.5"], 2, "is not a valid integer"),
         (

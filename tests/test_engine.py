@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_serve import Gate, byte_student, eventually, tiny_service
+from tiny_serve import Gate, before_forwards, byte_student, eventually, tiny_service
 
 from mdm import autoregressive, likelihood
 from mdm.autoregressive import DecodingSettings
@@ -353,14 +353,14 @@ def test_a_deadline_ends_a_request_wherever_it_is(small, waiting):
 
 def failing(service, when, error):
     """The student's forward raises `error` if `when(xt_BL)`."""
-    real = service.student.model.forward
+    real = service.student.model.rows
 
     def forward(xt_BL, *arguments, **options):
         if when(xt_BL):
             raise error
         return real(xt_BL, *arguments, **options)
 
-    service.student.model.forward = forward
+    service.student.model.rows = forward
 
 
 def test_a_row_that_fails_fails_alone(service, caplog):
@@ -427,7 +427,7 @@ def test_a_failed_forward_leaves_nothing_behind_while_it_is_tried_again(service)
         pass
 
     alive, kept = [], []
-    real = service.student.model.forward
+    real = service.student.model.rows
 
     def forward(xt_BL, *arguments, **options):
         alive.append(sum(one() is not None for one in kept))
@@ -438,7 +438,7 @@ def test_a_failed_forward_leaves_nothing_behind_while_it_is_tried_again(service)
         del large
         return real(xt_BL, *arguments, **options)
 
-    service.student.model.forward = forward
+    service.student.model.rows = forward
     gate = Gate(service)
     clients = [ask(service, hole([i], 3), GREEDY) for i in range(2)]
     gate.open()
@@ -467,12 +467,12 @@ def test_an_error_after_a_forward_fails_its_request_only(service, monkeypatch):
 
 
 def test_running_out_of_memory_is_no_illness(service):
-    real = service.student.model.forward
+    real = service.student.model.rows
     failing(service, lambda _: True, MemoryError("can't allocate memory"))
     for i in range(ILL_AFTER + 1):
         assert ask(service, hole([i], 2)).error().code == "out_of_memory"
     assert service.engine.illness is None
-    service.student.model.forward = real
+    service.student.model.rows = real
 
 
 def test_illness_passes_so_that_it_can_be_tried_again(service):
@@ -493,13 +493,13 @@ def test_out_of_memory_alone_is_told(service):
 
 
 def test_forwards_that_all_fail_make_it_ill_until_one_does_not(service):
-    real = service.student.model.forward
+    real = service.student.model.rows
     failing(service, lambda _: True, ValueError("broken"))
     for i in range(ILL_AFTER):
         assert service.engine.illness is None
         ask(service, hole([i], 2)).error()
     assert "forwards failed" in service.engine.illness
-    service.student.model.forward = real
+    service.student.model.rows = real
     ask(service, hole([1], 2)).texts()
     assert service.engine.illness is None
 
@@ -585,13 +585,13 @@ def test_stopping_without_grace_tells_those_in_work(service):
 
 def test_a_teachers_texts_have_places_and_leave_with_their_last_token():
     service = tiny_service(teacher=True, max_rows=3)
-    seen, real = [], service.teacher.model.model.forward
+    seen, real = [], service.teacher.model.model.base_model.forward
 
     def forward(x_BL, *arguments, **options):
         seen.append((len(x_BL), service.engine.rows_in_work))
         return real(x_BL, *arguments, **options)
 
-    service.teacher.model.model.forward = forward
+    service.teacher.model.model.base_model.forward = forward
     client = ask(
         service, hole([1], 4), SamplerSettings(temperature=1.0), n=7, served=service.teacher
     )
@@ -646,13 +646,7 @@ def test_a_long_likelihood_does_not_keep_others_waiting(service):
 
 def shapes_of(service):
     seen = []
-    real = service.student.model.forward
-
-    def forward(xt_BL, *arguments, **options):
-        seen.append(tuple(xt_BL.shape))
-        return real(xt_BL, *arguments, **options)
-
-    service.student.model.forward = forward
+    before_forwards(service, lambda xt_BL: seen.append(tuple(xt_BL.shape)))
     return seen
 
 
@@ -705,14 +699,14 @@ def test_what_holds_memory_waits_for_its_turn():
     assert unit.held_bytes > 0
     service.engine.workspace = unit.held_bytes + unit.step_bytes + 1
     most = 0
-    real = service.teacher.model.model.forward
+    real = service.teacher.model.model.base_model.forward
 
     def forward(*arguments, **options):
         nonlocal most
         most = max(most, service.engine.rows_in_work)
         return real(*arguments, **options)
 
-    service.teacher.model.model.forward = forward
+    service.teacher.model.model.base_model.forward = forward
     clients = [ask(service, hole([i] * 20, 30), served=service.teacher) for i in range(3)]
     service.engine.start()
     for client in clients:

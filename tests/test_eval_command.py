@@ -12,6 +12,7 @@ from tiny_eval import write_rows
 from tiny_run import ar_folder, environment, tiny_denoiser
 
 import mdm.cli
+from mdm.canvas import SamplerSettings
 from mdm.checkpoint import save_denoiser
 from mdm.eval import answers, command, models, native, sandbox, sharing
 from mdm.eval import run as run_module
@@ -169,6 +170,32 @@ def test_options_reach_their_settings(mdm_eval, called, tmp_path):
     assert called["answers"].responses.path == Path("out/responses.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "values"),
+    [
+        (("--threshold", 0.9), {"threshold": 0.9}),
+        (("--factor", 1), {"factor": 1.0}),
+        (
+            ("--entropy-bound", 0.1, "--remasking", "entropy"),
+            {"entropy_bound": 0.1, "remasking": "entropy"},
+        ),
+        (("--cache", "prefix"), {"cache": "prefix"}),
+        (("--cache", "dual", "--refresh", 4), {"cache": "dual", "refresh": 4}),
+    ],
+)
+def test_rules_and_caches_reach_the_sampler(mdm_eval, called, arguments, values):
+    code, _, err = mdm_eval("--tasks", "a", "--model", "m", *arguments)
+    assert code == 0, err
+    assert called["model"] == model_settings(**values)
+    assert called["model"].sampler == SamplerSettings(**values)
+
+
+def test_layers_in_8_bits_are_a_setting_of_the_model(mdm_eval, called):
+    code, _, err = mdm_eval("--tasks", "a", "--model", "m", "--quantization", "int8_dynamic")
+    assert code == 0, err
+    assert called["model"] == model_settings(quantization="int8_dynamic")
+
+
 def test_defaults_are_those_of_the_settings(mdm_eval, called):
     code, _, err = mdm_eval("--tasks", "a", "--model", "runs/demo/final")
     assert code == 0
@@ -198,6 +225,12 @@ def test_without_a_model_the_last_finished_run(mdm_eval, called, tmp_path, stude
         (("--model", "m", "--dtype", "int8"), 2, "mdm: unknown dtype 'int8'"),
         (("--model", "m", "--infill-length", "tru"), 2, "did you mean 'true'?"),
         (("--model", "m", "--limit", 0), 2, "mdm: limit must be >= 1; got 0"),
+        (("--model", "m", "--threshold", 0.9, "--factor", 1), 2, "exclude each other; give one"),
+        (("--model", "m", "--factor", 1, "--steps", 4), 2, "mdm: factor decides how many steps"),
+        (("--model", "m", "--entropy-bound", 1), 2, "entropy_bound needs another confidence"),
+        (("--model", "m", "--refresh", 3), 2, "refresh=3 is for an approximate cache"),
+        (("--model", "m", "--cache", "dul"), 2, "did you mean 'dual'?"),
+        (("--model", "m", "--quantization", "int8"), 2, "did you mean 'int8_dynamic'?"),
     ],
 )
 def test_what_is_refused(mdm_eval, arguments, expected_code, text):
@@ -284,6 +317,34 @@ def test_an_evaluation_and_its_comparison(mdm_eval, student_folder, tmp_path):
     code, _, err = mdm_eval("compare", folder, "nowhere")
     assert code == 3
     assert "nowhere has no results.json" in err
+
+
+def test_another_rule_asks_again_and_is_recorded(mdm_eval, student_folder, tmp_path):
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "mine.yaml").write_text(yaml.safe_dump(OWN), encoding="utf-8")
+    rows = write_rows(tmp_path / "rows.jsonl", [{"q": f"{i} is", "a": str(i)} for i in range(3)])
+    arguments = ["--tasks", "own_task", "--data", f"own_task={rows}", "--include-path", own]
+    arguments += ["--model", student_folder, "--gen-length", 3, "--output", "out"]
+    ways = [
+        {},
+        {"threshold": 0.5},
+        {"factor": 0.5},
+        {"factor": 5.0},
+        {"entropy_bound": 1.0, "remasking": "entropy"},
+    ]
+    for number, way in enumerate(ways, 1):
+        options = [
+            word for name, value in way.items() for word in (f"--{name.replace('_', '-')}", value)
+        ]
+        code, _, err = mdm_eval(*arguments, *options)
+        assert (code, "complete: 3/3" in err) == (0, True), err
+        assert len(Path("out/responses.jsonl").read_text().splitlines()) == 3 * number
+        sampler = json.loads(Path("out/results.json").read_text())["settings"]["model"]["sampler"]
+        expected = {"threshold": None, "factor": None, "entropy_bound": None, **way}
+        assert sampler.items() >= {"cache": "none", "refresh": None, **expected}.items()
+        assert "complete" not in mdm_eval(*arguments, *options)[2]  # and is known from then on
+    assert "complete: 3/3" in mdm_eval(*arguments, "--quantization", "int8_dynamic")[2]
 
 
 # --- lm-eval and samples -------------------------------------------------------------------------

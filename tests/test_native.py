@@ -16,6 +16,8 @@ from mdm import likelihood
 from mdm.canvas import SamplerSettings
 from mdm.generate import Request
 from mdm.likelihood import LikelihoodSettings
+from mdm.serve.openai_schemas import ChatRequest, CompletionRequest
+from mdm.serve.schemas import CompareRequest, GenerateRequest
 
 HOLE = {"prefix": "def f(x):\n    y = ", "suffix": "\n    return y", "span": 6}
 PROMPT = {"prompt": "import ", "gen_length": 8}
@@ -84,6 +86,10 @@ CASES = [
     (PROMPT, {"block_length": 4, "steps": 4, "temperature": 0.5, "top_p": 0.9}),
     (PROMPT, {"remasking": "random", "cfg_scale": 1.0, "temperature": 1.0}),
     (PROMPT, {"threshold": 0.1, "suppress_eos": True}),
+    (PROMPT, {"factor": 20.0, "suppress_eos": True, "temperature": 0.5}),
+    (PROMPT, {"entropy_bound": 9, "remasking": "entropy", "block_length": 4}),
+    (PROMPT, {"entropy_bound": 0, "remasking": "entropy"}),
+    (PROMPT, {"threshold": 0.01, "remasking": "margin"}),
     (PROMPT, {"temperature": 3.0, "eos_last": True, "stop_at_eos": False, "n": 2}),
     (PROMPT, {"stop": ["e", "\n"], "temperature": 2.0, "n": 4}),
     ({"prompt": "", "gen_length": 5}, {}),
@@ -527,18 +533,18 @@ def test_a_deadline_is_504_or_the_last_event(gated, streaming):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_model_that_fails_is_500_and_the_server_lives(streaming, caplog):
     service = tiny_service()
-    real = service.student.model.forward
+    real = service.student.model.rows
 
     def forward(*_, **__):
         raise ValueError("the prompt was import")
 
     with running(service) as url, client(url) as http:
-        service.student.model.forward = forward
+        service.student.model.rows = forward
         response = http.post("/generate", json={**PROMPT, "stream": streaming})
         body = response.json() if not streaming else json.loads(response.text.split("data: ")[-1])
         assert body["error"]["code"] == "internal_error"
         assert "import" not in body["error"]["message"]
-        service.student.model.forward = real
+        service.student.model.rows = real
         ok(http.post("/generate", json=PROMPT))
 
 
@@ -585,6 +591,18 @@ BAD = [
     ("/generate", {**PROMPT, "temperature": True}, 400, "temperature", "valid number"),
     ("/generate", {**PROMPT, "steps": 3, "block_length": 4}, 400, None, "a multiple of 2"),
     ("/generate", {**PROMPT, "steps": 4, "threshold": 0.5}, 400, None, "leave steps out"),
+    ("/generate", {**PROMPT, "factor": 1, "threshold": 0.5}, 400, None, "threshold and factor are"),
+    ("/generate", {**PROMPT, "factor": 1, "steps": 4}, 400, None, "factor decides how many"),
+    ("/generate", {**PROMPT, "factor": 0}, 400, "factor", "greater than 0"),
+    ("/generate", {**PROMPT, "entropy_bound": 1}, 400, None, "remasking entropy; got"),
+    ("/generate", {**PROMPT, "entropy_bound": -0.1}, 400, "entropy_bound", "greater than or equal"),
+    ("/generate", {**PROMPT, "cache": "prefx"}, 400, None, "did you mean 'prefix'"),
+    ("/generate", {**PROMPT, "cache": None}, 400, "cache", "valid string"),
+    ("/generate", {**PROMPT, "refresh": 2}, 400, None, "choose cache=prefix or cache=dual"),
+    ("/generate", {**PROMPT, "cache": "dual", "refresh": 0}, 400, "refresh", "equal to 1"),
+    ("/compare", {**PROMPT, "entropy_bound": 1}, 400, None, "remasking entropy; got"),
+    ("/generate", {**PROMPT, "model": "ar", "factor": 1}, 400, "factor", "a setting of diffusion"),
+    ("/generate", {**PROMPT, "model": "ar", "cache": "dual"}, 400, "cache", "of diffusion"),
     ("/generate", {**PROMPT, "remasking": "low_conf"}, 400, None, "did you mean 'low_confidence'"),
     ("/generate", {**PROMPT, "stop": ""}, 400, "stop.0", "at least 1 character"),
     ("/generate", {**PROMPT, "stop": ["a"] * 17}, 400, "stop", "at most 16"),
@@ -644,10 +662,12 @@ def test_bad_input_is_told_by_name(server, path, body, status, param, text):
         (b"\xff\xfe", "application/json"),
         (b'{"prompt": "a", "temperature": NaN}', "application/json"),
         (b'{"prompt": "a", "temperature": 1e999}', "application/json"),
+        (b'{"prompt": "a", "factor": 1e999}', "application/json"),
+        (b'{"prompt": "a", "remasking": "entropy", "entropy_bound": 1e999}', "application/json"),
         (b'{"prompt": "a", "gen_length": 1' + b"0" * 5000 + b"}", "application/json"),
         (b"[" * 10**5 + b"]" * 10**5, "application/json"),
     ],
-    ids=range(11),
+    ids=range(13),
 )
 def test_a_body_that_is_not_what_it_should_be(server, content, kind):
     response = server.post("/generate", content=content, headers={"content-type": kind})
@@ -686,6 +706,34 @@ def test_a_sum_of_settings_reaches_the_sampler(server):
     for name, default in vars(SamplerSettings()).items():
         if name != "compat":
             assert schema[name].get("default") == default, name
+
+
+def test_bounds_are_those_of_the_sampler(server):
+    schemas = ok(server.get("/openapi.json"))["components"]["schemas"]
+    bounds = {
+        "threshold": {"exclusiveMinimum": 0, "maximum": 1},
+        "factor": {"exclusiveMinimum": 0},
+        "entropy_bound": {"minimum": 0},
+        "refresh": {"minimum": 1, "maximum": 2**20},
+    }
+    for request in ("GenerateRequest", "CompareRequest", "CompletionRequest", "ChatRequest"):
+        for name, expected in bounds.items():
+            number, null = schemas[request]["properties"][name]["anyOf"]
+            assert null == {"type": "null"}
+            assert {key: value for key, value in number.items() if key != "type"} == expected
+
+
+@pytest.mark.parametrize(
+    "how", [{"cache": "prefix"}, {"cache": "dual", "refresh": 3}, {"factor": 0.5}], ids=str
+)
+def test_a_request_gives_the_settings_of_the_library(how):
+    for request in (
+        GenerateRequest(**PROMPT, **how),
+        CompareRequest(**PROMPT, **how),
+        CompletionRequest(model="tiny", prompt="a", **how),
+        ChatRequest(model="tiny", messages=[{"role": "user", "content": "a"}], **how),
+    ):
+        assert request.sampler() == SamplerSettings(**how)
 
 
 def test_the_examples_of_the_description_work(server):

@@ -23,6 +23,7 @@ from mdm.fim import FAMILIES
 from mdm.serve.app import make_app
 from mdm.serve.limits import Limits
 from mdm.serve.models import hold, open_teacher
+from mdm.serve.schemas import DIFFUSION_ONLY
 from mdm.serve.service import Service
 from mdm.vocab import read_vocab
 
@@ -81,7 +82,7 @@ def serving(service, **options):
 def ask(client, endpoint, **fields):
     """One request; a chat has the prompt as the user's message."""
     fields = {"model": "tiny", "max_tokens": 12, **fields}
-    own = ("steps", "block_length", "threshold", "cfg_scale", "remasking", "denoising", "timeout_s")
+    own = {*DIFFUSION_ONLY, "denoising", "timeout_s"}
     extra = {name: fields.pop(name) for name in own if name in fields}
     if endpoint == "chat":
         messages = [{"role": "user", "content": fields.pop("prompt")}]
@@ -117,13 +118,14 @@ def put_together(chunks):
 def recite(service, script):
     """The student decides these tokens after an empty prompt, in an order of its own."""
 
-    def forward(xt_BL, wanted_BL, **_):
+    def rows(xt_BL, wanted_BL, **_):
         logits_NV = torch.zeros(int(wanted_BL.sum()), VOCAB)
         for logits_V, (_, position) in zip(logits_NV, wanted_BL.nonzero().tolist(), strict=True):
             logits_V[script[position - 1]] = 6 + 7 * position % 11
         return logits_NV
 
-    service.student.model.forward = forward
+    service.student.model.rows = rows
+    service.student.model.head = lambda logits_NV: logits_NV
 
 
 # --- models ----------------------------------------------------------------------------------------
@@ -175,6 +177,19 @@ def test_settings_of_the_sampler(client, native):
     expected = native(prompt=PROMPT, gen_length=12, temperature=0.7, seed=1, **own)
     assert texts(answer) == [expected["choices"][0]["text"]]
     assert answer.stats["forwards"] == {"denoise": 12}  # guidance counts 2
+
+
+@pytest.mark.parametrize(
+    "rule", [{"factor": 20.0}, {"entropy_bound": 9.0, "remasking": "entropy"}], ids=str
+)
+@pytest.mark.parametrize("endpoint", ["text", "chat"])
+def test_rules_of_decoding(client, native, endpoint, rule):
+    answer = ask(client, endpoint, prompt=PROMPT, temperature=0.7, seed=1, **rule)
+    chat = {"chat": True} if endpoint == "chat" else {}
+    expected = native(prompt=PROMPT, gen_length=12, temperature=0.7, seed=1, **chat, **rule)
+    assert texts(answer) == [expected["choices"][0]["text"]]
+    assert answer.stats["forwards"] == expected["stats"]["forwards"]
+    assert answer.stats["forwards"]["denoise"] < 12
 
 
 def test_defaults(client, native):
@@ -434,7 +449,8 @@ def test_stream_is_the_text(client, case, denoising):
         own = [one for one in told if one["index"] == index]
         assert [one["step"] for one in own] == list(range(len(own)))
         positions = [position for one in own for position in one["positions"]]
-        assert sorted(positions) == list(range(12))
+        # A text that ends leaves the rest of its hole.
+        assert sorted(positions) == list(range(12)) or whole.choices[index].finish_reason == "stop"
         assert own[0].keys() == {
             *("index", "step", "seconds", "positions", "token_ids", "tokens", "confidence")
         }
@@ -542,6 +558,12 @@ BAD = {
     "bias": ("text", {"prompt": "a", "logit_bias": {"5": 1}}, "logit_bias"),
     "suffix for a teacher": ("text", {"prompt": "a", "suffix": "b", "model": "ar"}, "suffix"),
     "steps for a teacher": ("text", {"prompt": "a", "steps": 4, "model": "ar"}, "steps"),
+    "factor for a teacher": ("text", {"prompt": "a", "factor": 1, "model": "ar"}, "factor"),
+    "cache for a chat": ("chat", {"prompt": "a", "cache": "dual", "model": "ar"}, "cache"),
+    "no factor": ("text", {"prompt": "a", "factor": 0}, "factor"),
+    "negative entropy": ("chat", {"prompt": "a", "entropy_bound": -1}, "entropy_bound"),
+    "two rules": ("text", {"prompt": "a", "factor": 1, "threshold": 0.5}, None),
+    "refresh of nothing": ("chat", {"prompt": "a", "refresh": 2}, None),
     "steps for a chat": ("chat", {"prompt": "a", "steps": 4, "model": "ar"}, "steps"),
     "options": ("text", {"prompt": "a", "stream_options": {}}, "stream_options"),
     "denoising": ("chat", {"prompt": "a", "denoising": True}, "denoising"),
@@ -659,7 +681,7 @@ def test_key():
 def break_forwards(service, *, after, needle=None):
     """Forwards fail after so many, or only those with this token in a row."""
     denoiser = service.student.model
-    real, seen = denoiser.forward, []
+    real, seen = denoiser.rows, []
 
     def forward(xt_BL, *arguments, **options):
         seen.append(len(xt_BL))
@@ -667,7 +689,7 @@ def break_forwards(service, *, after, needle=None):
             raise RuntimeError("broken on purpose")
         return real(xt_BL, *arguments, **options)
 
-    denoiser.forward = forward
+    denoiser.rows = forward
 
 
 @pytest.mark.parametrize("endpoint", ["text", "chat"])
@@ -702,13 +724,13 @@ def test_one_prompt_fails_all():
 
 def test_deadline():
     service = tiny_service()
-    real = service.student.model.forward
+    real = service.student.model.rows
 
     def slow(*arguments, **options):
         time.sleep(0.05)
         return real(*arguments, **options)
 
-    service.student.model.forward = slow
+    service.student.model.rows = slow
     with serving(service) as client:
         with pytest.raises(openai.InternalServerError) as found:
             ask(client, "text", prompt="a", timeout_s=0.01)

@@ -102,7 +102,8 @@ def test_mixed_requests_at_different_blocks_are_what_they_are_alone(service):
         one, how, n, _ = request
         check_same(found, alone(block_student(), *request))
         usage = client.events[-1].usage
-        assert usage.forwards == {"denoise": sum(text.nfe for text in found)}
+        assert sum(usage.forwards.values()) == sum(text.nfe for text in found)
+        assert usage.forwards["prefill"] == n * (2 if how.cfg_scale else 1)
         events = [event for event in client.events if isinstance(event, Committed)]
         read = sum(tokens_read(one, [e for e in events if e.row == row]) for row in range(n))
         assert usage.token_forwards == read * (2 if how.cfg_scale else 1)
@@ -154,7 +155,7 @@ def test_rows_are_put_together_by_what_they_read_now():
     found = [[unit for _, unit in group] for group in engine._groups(rows)]
     assert found == [[prompt], [far, start]]
     assert [(unit.kept, unit.read) for unit in found[1]] == [(300, 4), (0, 4)]
-    assert engine._step_bytes(found[1]) == engine.footprint.step_bytes(2, 4, 8, 4, GREEDY, kept=300)
+    assert engine._step_bytes(found[1]) == engine.footprint.step_bytes(2, 4, 8, GREEDY, kept=300)
     service.engine.start()
     service.engine.stop()
 
@@ -346,7 +347,7 @@ def check_steps(student, prompts, settings, steps):
     ]
     canvases = {i: unit.filling.canvas for i, unit in enumerate(units)}
     sizes = held.footprint
-    reads = []
+    reads, peaks, most = [], [], []
     for _ in range(steps):
         reads.append([(unit.kept, unit.read) for unit in units])
         outputs = [int(canvas.open_L[canvas.blocks[0]].sum()) for canvas in canvases.values()]
@@ -354,13 +355,16 @@ def check_steps(student, prompts, settings, steps):
         predicted = sizes.step_bytes(
             sum(unit.rows for unit in units),
             max(unit.read for unit in units),
-            sum(outputs) * (3 if settings.cfg_scale else 1),
-            max(outputs),
+            sum(outputs),
             settings,
             kept=max(unit.kept for unit in units),
         )
         peak = peak_allocation(lambda: take_step(student, canvases))
-        assert peak <= predicted <= 2.5 * peak, (reads[-1], peak / MIB, predicted / MIB)
+        assert peak <= predicted, (reads[-1], peak / MIB, predicted / MIB)
+        peaks.append(peak)
+        most.append(predicted)
+    # A new buffer is counted in every step, but made in few.
+    assert max(most) <= 2.5 * max(peaks), (max(peaks) / MIB, max(most) / MIB)
     return reads
 
 
@@ -381,7 +385,7 @@ def test_a_forward_takes_what_was_predicted(prompts, settings):
 
 @pytest.mark.parametrize("prompts", [[300], [300, 298]], ids=str)
 def test_what_many_layers_keep_is_most_of_it(prompts):
-    """Two rows' keys are there twice, side by side and cut again; those of one are not copied."""
+    """A buffer for them is made by the first step."""
     how = SamplerSettings(stop_at_eos=False, steps=12)
     check_steps(big_student(layers=10, vocab=260), prompts, how, 5)
 
@@ -562,7 +566,7 @@ def test_a_text_is_that_of_the_library_streamed_or_not(server, request_, setting
     wanted = expected(request_, settings, 3)
     found = ok(server.post("/generate", json=body))
     assert found["choices"][0]["text"] == wanted.text
-    assert found["stats"]["forwards"] == {"denoise": wanted.nfe}
+    assert sum(found["stats"]["forwards"].values()) == wanted.nfe
     assert found["stats"]["memory"]["predicted_bytes"] > 0
     text, decided, done = "", {}, None
     with server.stream("POST", "/generate", json={**body, "stream": True, "denoising": True}) as r:
@@ -659,5 +663,5 @@ def test_a_full_canvas_model_keeps_nothing():
     unit = fill_unit(hold(student, name="a", source="-"), student, 0, hole([1], 5), GREEDY)
     assert (unit.kept, unit.read, unit.held_bytes) == (0, 7, 0)
     sizes = footprint(student.model)
-    assert unit.step_bytes == sizes.step_bytes(1, 7, 5, 5, GREEDY)
+    assert unit.step_bytes == sizes.step_bytes(1, 7, 5, GREEDY)
     assert open_filling(student, hole([1], 5), GREEDY).canvas.prefixes is NOTHING_READ

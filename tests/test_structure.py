@@ -32,6 +32,7 @@ ROOMS = (
     "schedule",
     "diffusion",
     "buffers",
+    "int8",
     "denoiser",
     "causal",
     "cache",

@@ -15,6 +15,8 @@ import pytest
 import torch
 from tiny_serve import Gate, byte_student, client, eventually, running, tiny_service
 
+from mdm.serve.schemas import DIFFUSION_ONLY
+
 playwright_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -145,7 +147,7 @@ def speaking(text, start):
         logits_NV[:, student.mask_id] = float("-inf")
         return logits_NV
 
-    student.forward = forward
+    student.rows, student.head = forward, lambda logits_NV: logits_NV
     return student
 
 
@@ -212,6 +214,57 @@ def test_text_and_settings_are_those_of_the_api(served, visit, mode):
     assert f"Forwards{expected['stats']['forwards']['denoise']} denoise" in stats
     assert "MiB" in stats
     assert cells(page) == mode.get("span", mode.get("gen_length"))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"factor": 20, "cfg_scale": 0.5},
+        {"entropy_bound": 9.5, "remasking": "entropy"},
+        {"threshold": 0.01, "remasking": "margin"},
+    ],
+    ids=str,
+)
+def test_rules_are_sent_and_kept(served, visit, settings):
+    with client(served.url) as http:
+        body = {"prompt": "def f(", "gen_length": 10, **settings, "temperature": 0.5, "seed": 3}
+        expected = http.post("/generate", json=body).raise_for_status().json()
+    page = visit(served.url)
+    page.click("#tab-continue")
+    page.click("#settings summary")
+    for name, value in body.items():
+        if name == "remasking":
+            page.select_option("#remasking", value)
+        else:
+            page.fill(f"#{name}", str(value))
+    with page.expect_request("**/generate") as sent:
+        page.click("#run")
+    await_end(page)
+    streaming = {"model": "tiny", "stream": True, "denoising": True}
+    assert sent.value.post_data_json == body | streaming
+    assert text_of(page, "#text") == expected["choices"][0]["text"]
+
+
+def test_an_approximate_cache_is_sent(served, visit):
+    page = visit(served.url, refused=[400])
+    page.click("#settings summary")
+    page.fill("#refresh", "3")
+    page.click("#run")
+    await_text(page, "#error", "refresh=3 is for an approximate cache; choose cache=prefix")
+    page.select_option("#cache", "dual")
+    page.fill("#factor", "1")
+    page.fill("#steps", "3")  # refused whatever the cache
+    with page.expect_request("**/generate") as sent:
+        page.click("#run")
+    await_text(page, "#error", "factor decides how many steps there are; leave steps out")
+    assert sent.value.post_data_json.items() >= {"cache": "dual", "refresh": 3}.items()
+
+
+def test_every_setting_of_diffusion_can_be_chosen_or_is_known_to_be_missing(served, visit):
+    page = visit(served.url)
+    names = page.evaluate("[...document.querySelectorAll('#diffusion [name]')].map((f) => f.name)")
+    left_out = {"suppress_eos", "eos_last", "stop_at_eos"}
+    assert {*names} | left_out == {*DIFFUSION_ONLY}
 
 
 def test_empty_fields_are_not_sent(served, visit):
@@ -459,7 +512,7 @@ def test_an_error_within_a_stream(gated, visit):
     def broken(*_, **__):
         raise RuntimeError("broken on purpose")
 
-    gated.service.student.model.forward = broken
+    gated.service.student.model.rows = broken
     gated.gate.let()  # the forward that waits already; the next one fails
     await_text(page, "#error", "the server failed on this request (RuntimeError)")
     assert text_of(page, "#status") == "Failed."

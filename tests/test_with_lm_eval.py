@@ -7,11 +7,15 @@ import types
 import pytest
 import tiny_eval
 import yaml
+from lm_eval.api.registry import get_model
 from tiny_eval import HUMAN, MBPP, Scripted, data_of, write_rows
 
+from mdm.canvas import SamplerSettings
 from mdm.errors import ConfigError, DataError
+from mdm.eval import harness
 from mdm.eval.code_eval import METRIC
 from mdm.eval.metrics import ratio_std_err, wilson_interval
+from mdm.eval.models import model_settings
 from mdm.eval.run import EvalSettings
 from mdm.eval.tasks import load_tasks, parse_data
 from mdm.eval.with_lm_eval import _WithoutBars, group_of, require_examples, with_lm_eval
@@ -160,6 +164,45 @@ def test_sampling_settings_reach_the_requests(tmp_path):
     evaluate(answers, "humaneval_64", data_of("humaneval_64", tmp_path), limit=1)
     assert {(item.temperature, item.top_p) for item in seen} == {(0.2, 0.95)}  # its own
     assert len(seen) == 2 * 64  # once to collect the programs, once with their verdicts known
+
+
+@pytest.mark.parametrize(
+    ("arguments", "values"),
+    [
+        ("threshold=0.9,remasking=margin", {"threshold": 0.9, "remasking": "margin"}),
+        ("factor=1", {"factor": 1.0}),
+        ("entropy_bound=5e-1,remasking=entropy", {"entropy_bound": 0.5, "remasking": "entropy"}),
+        ("cache=prefix", {"cache": "prefix"}),
+        ("cache=dual,refresh=4,factor=0.5", {"cache": "dual", "refresh": 4, "factor": 0.5}),
+    ],
+)
+def test_model_args_reach_the_sampler(monkeypatch, arguments, values):
+    seen = []
+
+    def open_evaluated(source, settings, device):
+        seen.append((source, settings))
+        return tiny_eval.evaluated(settings=settings)
+
+    monkeypatch.setattr(harness, "open_evaluated", open_evaluated)
+    get_model("mdm").create_from_arg_string(f"model=some/model,{arguments}", {})
+    assert seen == [("some/model", model_settings(**values))]
+    assert seen[0][1].sampler == SamplerSettings(**values)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ("factor=1,threshold=0.9", "threshold and factor are rules that exclude each other"),
+        ("factor=1,steps=8", "factor decides how many steps"),
+        ("entropy_bound=1", "entropy_bound needs another confidence"),
+        ("factor=inf", "factor must be > 0; got inf"),
+        ("refresh=4", "refresh=4 is for an approximate cache"),
+        ("cache=prefx", "did you mean 'prefix'"),
+    ],
+)
+def test_wrong_model_args_are_refused_before_a_model_is_loaded(arguments, text):
+    with pytest.raises(ConfigError, match=text):
+        get_model("mdm").create_from_arg_string(f"model=nowhere,{arguments}", {})
 
 
 def test_an_unknown_argument_of_a_task_is_refused(tmp_path):

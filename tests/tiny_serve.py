@@ -72,13 +72,13 @@ def before_forwards(service: Service, call) -> None:
     if denoiser.block_size is not None:
         denoiser.model.base_model.register_forward_pre_hook(lambda _, given: call(given[0]))
         return
-    real = denoiser.forward
+    real = denoiser.rows
 
-    def forward(xt_BL, *arguments, **options):
+    def rows(xt_BL, *arguments, **options):
         call(xt_BL)
         return real(xt_BL, *arguments, **options)
 
-    denoiser.forward = forward
+    denoiser.rows = rows
 
 
 class Gate:

@@ -3,8 +3,17 @@
 import { ApiError } from "./api.js";
 import { byId } from "./dom.js";
 
-const WHOLE = ["steps", "block_length", "seed"];
-const REAL = ["temperature", "top_p", "threshold", "cfg_scale"];
+const NUMBERS_OF_DIFFUSION = [
+  "steps",
+  "block_length",
+  "threshold",
+  "factor",
+  "entropy_bound",
+  "cfg_scale",
+  "refresh",
+];
+const CHOICES_OF_DIFFUSION = ["remasking", "cache"];
+const NUMBERS_OF_ALL = ["temperature", "top_p", "seed"];
 const ESCAPES = { n: "\n", t: "\t", r: "\r", "\\": "\\" };
 
 /** The number in a field; undefined if it is empty. Throws ApiError naming the field. */
@@ -53,11 +62,11 @@ export function requestOf({ diffusion }) {
     body.gen_length = numberIn("gen_length");
     if (byId("chat").checked) body.chat = true;
   }
-  const diffusionFields = new Set(["steps", "block_length", "threshold", "cfg_scale"]);
-  for (const name of [...WHOLE, ...REAL]) {
-    if (diffusion || !diffusionFields.has(name)) body[name] = numberIn(name);
+  for (const name of NUMBERS_OF_ALL) body[name] = numberIn(name);
+  if (diffusion) {
+    for (const name of NUMBERS_OF_DIFFUSION) body[name] = numberIn(name);
+    for (const name of CHOICES_OF_DIFFUSION) body[name] = byId(name).value || undefined;
   }
-  if (diffusion && byId("remasking").value !== "") body.remasking = byId("remasking").value;
   const stop = stopStrings(byId("stop").value);
   if (stop.length > 0) body.stop = stop;
   return body; // JSON leaves out what is undefined
