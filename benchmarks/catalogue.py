@@ -238,4 +238,13 @@ CATALOGUE: dict[str, Benchmark] = {
         kind="bench drift",
         markdown=shown.page("drift", "markdown"),
     ),
+    "cpu": Benchmark(
+        "number types, 8 bits, threads and compiled code on a CPU",
+        full="cpu --model {student} --teacher {teacher} --compile",
+        smoke="cpu --model {student} --teacher {teacher} --numbers int8_dynamic --threads 1 --kept 8"
+        " --length 4 --tokens 2 --repeats 2 --texts 2 --text-length 16",
+        file="cpu.jsonl",
+        kind="bench cpu",
+        markdown=shown.page("cpu_report"),
+    ),
 }

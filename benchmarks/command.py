@@ -8,6 +8,7 @@ import click
 
 from .all_command import run_all, tables
 from .cache_command import cache
+from .cpu_command import cpu
 from .drift_command import drift
 from .latency_command import latency
 from .likelihood_command import likelihood
@@ -69,6 +70,7 @@ for command in (
     on_policy,
     latency,
     drift,
+    cpu,
     run_all,
     tables,
 ):

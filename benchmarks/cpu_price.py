@@ -53,12 +53,12 @@ def questions(
 def logits_of(
     model: Denoiser | Autoregressive, x0_L: torch.Tensor, wanted_L: torch.Tensor
 ) -> torch.Tensor:
-    """(N, V) float32 logits of the wanted positions, of tokens that can be written."""
+    """(N, V) float32 logits of the wanted positions; the lowest number for what cannot be written."""
     if isinstance(model, Denoiser):
         xt_L = x0_L.masked_fill(wanted_L, model.mask_id)
         clean_bL = None if model.block_size is None else x0_L[None]
-        logits_NV = model(xt_L[None], wanted_L[None], x0_bL=clean_bL)
-        return logits_NV[:, logits_NV[0].isfinite()]  # type: ignore[no-any-return]
+        logits_NV: torch.Tensor = model(xt_L[None], wanted_L[None], x0_bL=clean_bL)
+        return logits_NV.clamp_min(torch.finfo(torch.float32).min)  # -inf has no differences
     logits_LV = model.model(x0_L[None], use_cache=False).logits[0, :, : len(model.vocab)].float()
     found: torch.Tensor = logits_LV.roll(1, dims=0)[wanted_L]
     return found

@@ -37,7 +37,7 @@ def page(module: str, name: str = "page") -> Callable[[Record], str]:
     """What a report has as a page."""
 
     def markdown(record: Record) -> str:
-        text: str = getattr(_module(module), name)(_with_nan(record, "std_err"))
+        text: str = getattr(_module(module), name)(record)
         return text.strip()
 
     return markdown

@@ -154,7 +154,7 @@ def beside_exact(
             found[cache].append(compared(right_nV, close_nV))
             # It goes on with its own keys and values, but with the tokens of the exact text.
             take_step(denoiser, {0: other})
-        (commit,) = take_step(denoiser, {0: exact})
+        take_step(denoiser, {0: exact})
         for other in others.values():
             _follow(other, exact)
     return {

@@ -1,10 +1,10 @@
 """Forwards of fixed shape, recorded once and played again: CUDA graphs, or compiled code.
 
 A small model spends most of a step on telling the GPU what to do, kernel by kernel. A recorded forward
-is told in one go, but only for one shape and one place in memory. So buffers are kept and handed out again,
-their capacities and the number of tokens read are rounded up to powers of two, and what the rounding adds is
-hidden by the mask. Denoising steps, steps that also store a block, and the single tokens of an AR model are
-all recorded, so student and teacher are treated alike; long prompts are read as they are.
+is told in one go, but only for one shape and one place in memory. So buffers are kept and handed out
+again, their capacities and the number of tokens read are rounded up to powers of two, and what the rounding
+adds is hidden by the mask. Denoising steps, steps that also store a block, and the single tokens of an AR
+model are all recorded, so student and teacher are treated alike; long prompts are read as they are.
 
     eager     nothing of this
     graphs    recorded on a GPU
@@ -22,7 +22,6 @@ import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -206,8 +205,8 @@ def _graph(run: Callable[[], torch.Tensor], device: torch.device) -> Callable[[]
 
 
 def _compiled(run: Callable[[], torch.Tensor], device: torch.device) -> Callable[[], torch.Tensor]:
-    compiled: Any = torch.compile(run)
-    return compiled  # type: ignore[no-any-return]
+    compiled: Callable[[], torch.Tensor] = torch.compile(run)
+    return compiled
 
 
 MODES: dict[str, Record | None] = {"eager": None, "graphs": _graph, "compile": _compiled}

@@ -95,7 +95,7 @@ def _visible(
         kind: seen_BQK if window is None else seen_BQK & (distance_BQK < window)
         for kind, window in windows.items()
     }
-    return found[""] if "" in found else found
+    return found.get("", found)
 
 
 def _keys(ends: Sequence[int], length: int) -> Tokens:

@@ -30,6 +30,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
 NOT_COMPARED = {
     "serve": {"soak"},  # ten minutes, in a record of its own
+    "cpu": {"numbers"},  # all of them, by name
     "study-synthetic": {"length"},  # of the study on real code; 0 and so on stand for its own
 }
 
@@ -670,6 +671,7 @@ NUMBERS = {  # what has to be in the results of each record
     "tide": {"teacher", "first", "pipelines"},
     "tokenizers": {"teachers", "runs", "differences"},
     "on-policy": {"text", "blocks"},
+    "cpu": {"models", "times", "price"},
     "drift": {"texts", "exact", "caches"},
     "latency": {"sides", "ratios", "models", "batches", "contexts"},
 }
@@ -737,6 +739,7 @@ def test_all_of_them(tmp_path):
     assert [*results("on-policy")["blocks"]] == ["4", "8"]
     caches, exact = results("drift")["caches"], results("drift")["exact"]
     assert [*caches] == ["prefix", "dual:2"]
+    assert {line["numbers"] for line in results("cpu")["times"]} == {"float32", "int8_dynamic"}
     for own in caches.values():
         assert own["tokens_read_per_forward"] < exact["tokens_read_per_forward"]
     # Counts of the fast path: a token a step takes as many forwards, two take half.
