@@ -1487,9 +1487,9 @@ def stale_logits(
             use_cache=True,
         )
         kept = []
-        for index, layer in enumerate(past.layers):
+        for layer in past.layers:
             parts = []
-            for kind, new in enumerate((layer.keys, layer.values)):
+            for new in (layer.keys, layer.values):
                 whole = torch.empty(*new.shape[:2], length, new.shape[3])
                 whole[:, :, others] = new[:, :, : len(others)]
                 whole[:, :, read] = new[:, :, len(others) :]

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import oracles
 import pytest
-import torch
 from students import random_student
 
 from mdm.canvas import NOTHING_READ, SamplerSettings

@@ -146,6 +146,18 @@ def test_sides_take_turns(monkeypatch):
     assert second["first_seconds"] == 9.0
 
 
+def test_an_end_token_does_not_end_a_text(folders):
+    settings = settings_of(folders)
+    student = random_student(shift=True)
+    eos = student.vocab.eos_id
+    student.never_sampled = torch.tensor([i for i in range(len(student.vocab)) if i != eos])
+    assert len(bench.write_canvas(student, [1, 2, 3], settings).later) == 5
+    ar = random_ar()
+    ar.more_ends = [i for i in range(len(ar.vocab)) if i != 2]
+    written = bench.write_text(ar, [1, 2, 3], settings)
+    assert (len(written.later), written.tokens) == (3, 1)
+
+
 def test_compiled_sides_have_the_same_weights(folders, monkeypatch):
     compiled = []
     monkeypatch.setattr(bench, "accelerate", lambda model, mode: compiled.append((model, mode)))
@@ -237,6 +249,8 @@ def test_what_a_student_is_asked():
     assert not one[0]
     assert one[-1]
     assert 150 < int(one.sum()) < 250
+    short = [cpu_price.questions(student, x0_L[:2], (0, row)) for row in range(9)]
+    assert all(wanted_L.tolist() == [False, True] for wanted_L in short)
 
 
 def test_a_worse_model_costs_more():
@@ -264,6 +278,24 @@ def test_the_tables(record):
     assert sum(len(row) == 7 for row in cells) == 2 + 6
     assert "blocks of 4) after 12 tokens" in card[0]
     assert cpu_report.page(record) == "\n".join(card)
+
+
+def test_units():
+    line = {
+        "who": "student",
+        "threads": 2,
+        "numbers": "bfloat16",
+        "mode": "eager",
+        "tokens_read": 8,
+    }
+    line |= {"median_seconds": 0.0314, "std_err": 0.0012, "first_seconds": 0.25}
+    line |= {"times_faster": 1.5, "times_faster_std_err": 0.04}
+    found = cpu_report.table_of_times([line, {**line, "std_err": None, "first_seconds": None}])
+    start = "| student | 2 | bfloat16 | eager | 8 | 31.4"
+    assert found.splitlines()[2:] == [
+        f"{start} ± 1.2 | 1.50 ± 0.04 | 250 |",
+        f"{start} | 1.50 ± 0.04 | – |",
+    ]
 
 
 def test_a_page_of_float32_alone(folders, tmp_path):

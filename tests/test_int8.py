@@ -156,8 +156,12 @@ def test_where_sums_of_255_overflow_there_are_127_steps(monkeypatch):
 
 def test_the_engine_of_torch_is_as_it_was():
     before = torch.backends.quantized.engine
-    layer_of()
-    assert torch.backends.quantized.engine == before
+    try:
+        torch.backends.quantized.engine = "onednn"
+        layer_of()
+        assert torch.backends.quantized.engine == "onednn"
+    finally:
+        torch.backends.quantized.engine = before
 
 
 def test_a_copy_is_a_layer_of_its_own():

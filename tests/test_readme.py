@@ -119,7 +119,8 @@ def shrink(command: list[str]) -> list[str]:
     return [name, *arguments]
 
 
-ELSEWHERE = ("serve", "targets", "suffix", "study", "cache", "tokenizers", "tide", "on-policy")
+ELSEWHERE = ("serve", "targets", "suffix", "study", "cache", "tokenizers", "tide", "on-policy",
+             "latency", "drift", "cpu", "all")  # fmt: skip
 
 
 def test_the_commands_run(place, capsys):
