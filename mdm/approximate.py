@@ -69,7 +69,7 @@ def read_canvases(denoiser: Denoiser, rows: Sequence[Row]) -> tuple[torch.Tensor
     assert denoiser.block_size is None, "a model with blocks has an exact cache"
     length = max(len(row.ids_L) for row in rows)
     # One place more: where padding goes.
-    buffer, slots = settle(denoiser, [row.prefix for row in rows], length + 1)
+    buffer, slots = settle(denoiser, [row.prefix for row in rows], length + 1, length + 1)
     by_slot = [rows[slots.index(slot)] for slot in range(len(rows))]
     width = max(row.read.stop - row.read.start for row in rows)
     place_BQ, start = places([row.read for row in by_slot], buffer)

@@ -254,7 +254,8 @@ def writing(
     ]
     while writers:
         rows = [(writer.unread, writer.prefix) for writer in writers]
-        states_BD, prefixes = read_on(ar, rows, ar.vocab.pad_id)
+        longest = max(writer.hole.total for writer in writers)
+        states_BD, prefixes = read_on(ar, rows, ar.vocab.pad_id, longest)
         tokens, log_probs = _choose(ar, states_BD, [writer.random for writer in writers], settings)
         written = []
         for writer, prefix, token, log_prob in zip(
@@ -296,9 +297,12 @@ def _choose(
 def _add_token(ar: Autoregressive, writer: _Writer, token: int, log_prob: float) -> Written:
     writer.ids.append(token)
     writer.log_prob += log_prob
-    text, ids, tokens, reason = visible(ar.vocab, writer.ids, writer.hole.stop, ar.end_ids)
+    finished = token in ar.end_ids or len(writer.ids) == writer.hole.length
     result = None
-    if reason == "stop" or len(writer.ids) == writer.hole.length:
-        mean, nfe = writer.log_prob / len(writer.ids), len(writer.ids)
-        result = Generation(text, ids, tokens, reason, nfe, mean)
+    # The text is made only where it counts: making it at every token would cost more and more.
+    if finished or writer.hole.stop:
+        text, ids, tokens, reason = visible(ar.vocab, writer.ids, writer.hole.stop, ar.end_ids)
+        if finished or reason == "stop":
+            mean, nfe = writer.log_prob / len(writer.ids), len(writer.ids)
+            result = Generation(text, ids, tokens, reason, nfe, mean)
     return Written(writer.row, token, log_prob, result)

@@ -101,20 +101,23 @@ class Prefix:
         return self.buffer is not None and self.buffer.filled[self.slot] == self.length
 
 
-def settle(reader: Reader, prefixes: Sequence[Prefix], capacity: int) -> tuple[Buffer, list[int]]:
-    """A buffer of at least this capacity with these rows, and the place of each in it.
+def settle(
+    reader: Reader, prefixes: Sequence[Prefix], capacity: int, last: int
+) -> tuple[Buffer, list[int]]:
+    """A buffer of at least this capacity with these rows and no others, and the place of each in it.
 
-    If they are where they have to be, nothing is done; otherwise they are copied into a new buffer.
+    If they are where they have to be, nothing is done; otherwise they are copied into a new buffer, which
+    has room for `last` tokens, as many as there will be, so that it need not grow.
     """
     buffer, slots = prefixes[0].buffer, [prefix.slot for prefix in prefixes]
     if (
         buffer is not None
         and buffer.capacity >= capacity
         and all(prefix.buffer is buffer and prefix.in_place for prefix in prefixes)
-        and sorted(slots) == list(range(len(prefixes)))
+        and sorted(slots) == list(range(buffer.rows))
     ):
         return buffer, slots
-    buffer = reader.runner.make_buffer(len(prefixes), capacity)
+    buffer = reader.runner.make_buffer(len(prefixes), max(capacity, last))
     for slot, prefix in enumerate(prefixes):
         for index, (keys, values) in zip(prefix.indices, prefix.layers, strict=True):
             to_keys, to_values = buffer.layer(index, keys, values)
@@ -143,7 +146,7 @@ class Batch:
     place_BQ  where keys and values are written
     start     the same, if it is one slice for all rows
     length    K
-    buffer    of which these are the first B rows
+    buffer    of these rows
     """
 
     x_BQ: torch.Tensor

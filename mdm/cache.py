@@ -33,12 +33,14 @@ class Row:
     block     a block of the model's grid
     wanted_n  positions in it that are asked for, on the host
     prefix    clean tokens before it that have been read
+    last      where the last block ends that will be read
     """
 
     ids_L: torch.Tensor
     block: slice
     wanted_n: torch.Tensor
     prefix: Prefix = Prefix()
+    last: int = 0
 
     @property
     def read(self) -> slice:
@@ -61,7 +63,8 @@ def read_blocks(denoiser: Denoiser, rows: Sequence[Row]) -> tuple[torch.Tensor, 
     assert denoiser.block_size is not None, "not a block diffusion model"
     keys = max(row.block.stop for row in rows)
     # One place more: where padding goes.
-    buffer, slots = settle(denoiser, [row.prefix for row in rows], keys + 1)
+    last = max(row.last for row in rows)
+    buffer, slots = settle(denoiser, [row.prefix for row in rows], keys + 1, last + 1)
     by_slot = [rows[slots.index(slot)] for slot in range(len(rows))]
     width = max(row.read.stop - row.read.start for row in rows)
     place_BQ, start = places([row.read for row in by_slot], buffer)

@@ -21,14 +21,17 @@ from .errors import CheckpointError
 
 @torch.no_grad()
 def read_on(
-    reader: Reader, rows: Sequence[tuple[Sequence[int], Prefix]], pad_id: int
+    reader: Reader, rows: Sequence[tuple[Sequence[int], Prefix]], pad_id: int, last: int = 0
 ) -> tuple[torch.Tensor, list[Prefix]]:
-    """(B, D) inputs of the head at the last of the new tokens of each row, and its prefix with them."""
+    """(B, D) inputs of the head at the last of the new tokens of each row, and its prefix with them.
+
+    `last`: tokens that the longest row will have, so that its buffer need not grow.
+    """
     starts = [prefix.length for _, prefix in rows]
     ends = [prefix.length + len(tokens) for tokens, prefix in rows]
     length, width = max(ends), max(len(tokens) for tokens, _ in rows)
     # One place more: where padding goes.
-    buffer, slots = settle(reader, [prefix for _, prefix in rows], length + 1)
+    buffer, slots = settle(reader, [prefix for _, prefix in rows], length + 1, last + 1)
     order = [slots.index(slot) for slot in range(len(rows))]
     place_BQ, start = places([slice(starts[i], ends[i]) for i in order], buffer)
     shape = (len(rows), width)

@@ -383,8 +383,11 @@ def _read_blocks(denoiser: Denoiser, streams: Sequence[Stream]) -> tuple[torch.T
     rows = []
     for stream in streams:
         grid = BlockGrid(0, len(stream.ids_L), denoiser.block_size or 1)
-        block = grid.block(stream.canvas.blocks[0].start // grid.block_length)
-        rows.append(Row(stream.ids_L, block, stream.open_n, stream.prefix))
+        first, last = (
+            grid.block(part.start // grid.block_length)
+            for part in (stream.canvas.blocks[0], stream.canvas.blocks[-1])
+        )
+        rows.append(Row(stream.ids_L, first, stream.open_n, stream.prefix, last.stop))
     states_ND, prefixes = read_blocks(denoiser, rows)
     reads = []
     for row, stream, prefix in zip(rows, streams, prefixes, strict=True):

@@ -256,6 +256,7 @@ class Engine:
             max(settings, key=lambda own: (own.cfg_scale > 0, bytes_per_choice(own))),
             padded=any(unit.read < longest for unit in units),
             kept=max(unit.kept for unit in units) if keeps else None,
+            last=max(unit.last for unit in units),
         )
 
     def _fill(self, group: Sequence[Row]) -> None:

@@ -123,7 +123,8 @@ class FillUnit:
     outputs     most positions whose tokens a forward can choose
     step_bytes  predicted memory of its largest forward, alone
     held_bytes  predicted memory of what is kept of it between forwards
-    block_size  of such a model
+    last        tokens for which its buffer has room
+    block_size  of a model with blocks
     """
 
     row: int
@@ -134,13 +135,14 @@ class FillUnit:
     outputs: int
     step_bytes: int
     held_bytes: int = 0
+    last: int = 0
     block_size: int | None = None
     forward: int = 0
 
     @property
     def kept(self) -> int:
-        """Positions before those of the next forward, read by earlier ones and kept."""
-        return self.filling.canvas.prefixes[0].length
+        """Positions before those of the next forward, read by earlier ones and kept; in blocks."""
+        return 0 if self.block_size is None else self.filling.canvas.prefixes[0].length
 
     @property
     def read(self) -> int:

@@ -80,12 +80,14 @@ class Footprint:
         *,
         padded: bool = False,
         kept: int | None = None,
+        last: int = 0,
     ) -> int:
         """One denoising step: forward, logits and choice of tokens come one after the other.
 
         Tokens are chosen for `outputs` positions of all rows, a chunk at a time, with these settings; of
         guided ones there are logits with the prompt, without it, and the two together. What rows with
-        blocks keep from earlier steps is not counted, but a new buffer for it is.
+        blocks keep from earlier steps is not counted, but a new buffer for it is, of `last` tokens if that
+        is more than are there now.
         """
         chunk = min(outputs, max(1, CHUNK_BYTES // (4 * self.vocab)))
         times = 3 if settings.cfg_scale > 0 else 1
@@ -97,7 +99,7 @@ class Footprint:
         if kept is None:
             return most
         # Rows that share a forward for the first time, or outgrow their buffer, are moved to a new one.
-        return self.buffer_bytes(rows, kept + length) + most
+        return self.buffer_bytes(rows, max(kept + length, last)) + most
 
     def kept_bytes(self, rows: int, length: int) -> int:
         """Keys and values of all layers."""

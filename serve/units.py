@@ -34,14 +34,15 @@ def fill_unit(
         last = block_stop(canvas, canvas.blocks[-1], denoiser.block_size)
         held_bytes = sizes.buffer_bytes(rows, last)
         step_bytes = max(
-            sizes.step_bytes(rows, read, outputs, canvas.settings, kept=kept)
+            sizes.step_bytes(rows, read, outputs, canvas.settings, kept=kept, last=last)
             for kept, read in _reads(canvas, denoiser.block_size, last)
         )
     elif settings.cache != "none":
+        last = hole.total
         held_bytes = sizes.buffer_bytes(rows, hole.total)
         step_bytes = sizes.step_bytes(rows, hole.total, outputs, canvas.settings, kept=0)
     else:
-        held_bytes = 0
+        held_bytes = last = 0
         step_bytes = sizes.step_bytes(rows, hole.total, outputs, canvas.settings)
     return FillUnit(
         row=row,
@@ -52,6 +53,7 @@ def fill_unit(
         outputs=outputs,
         step_bytes=step_bytes,
         held_bytes=held_bytes,
+        last=last,
         block_size=denoiser.block_size,
     )
 
@@ -104,7 +106,8 @@ def write_unit(
             prompt,
             rows,
             SamplerSettings(temperature=settings.temperature, top_p=settings.top_p),
-            kept=longest - prompt,  # what a last, larger buffer would hold
+            kept=0,
+            last=longest,
         ),
         held_bytes=sizes.buffer_bytes(rows, longest),
         places=rows,

@@ -155,7 +155,9 @@ def test_rows_are_put_together_by_what_they_read_now():
     found = [[unit for _, unit in group] for group in engine._groups(rows)]
     assert found == [[prompt], [far, start]]
     assert [(unit.kept, unit.read) for unit in found[1]] == [(300, 4), (0, 4)]
-    assert engine._step_bytes(found[1]) == engine.footprint.step_bytes(2, 4, 8, GREEDY, kept=300)
+    assert engine._step_bytes(found[1]) == engine.footprint.step_bytes(
+        2, 4, 8, GREEDY, kept=300, last=max(far.last, start.last)
+    )
     service.engine.start()
     service.engine.stop()
 
@@ -358,6 +360,7 @@ def check_steps(student, prompts, settings, steps):
             sum(outputs),
             settings,
             kept=max(unit.kept for unit in units),
+            last=max(unit.last for unit in units),
         )
         peak = peak_allocation(lambda: take_step(student, canvases))
         assert peak <= predicted, (reads[-1], peak / MIB, predicted / MIB)
