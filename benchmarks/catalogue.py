@@ -220,14 +220,15 @@ CATALOGUE: dict[str, Benchmark] = {
     "latency": Benchmark(
         "the student against its teacher: speed, memory, and quality beside them",
         # A device that cannot do graphs is told in the record.
-        full="latency --model {student} --teacher {teacher} --mode eager,graphs --overhead"
-        " --table {results}/latency.md --plot {results}/latency.png",
+        full="latency --model {student} --teacher {teacher} --mode eager,graphs --plain-texts 2"
+        " --overhead --table {results}/latency.md --plot {results}/latency.png",
         smoke="latency --model {student} --teacher {teacher} --texts 2 --prompt-length 16 --gen-length 8"
         " --tokens-per-step 1,2 --thresholds 0.5 --holes 2 --span 4 --batches 1,2 --batch-length 4"
         " --contexts 8 --threads 1",
         file="latency.jsonl",
         kind="bench latency",
         markdown=shown.page("latency_report"),
+        settings={"cache": "none", "random_teacher": False, "quality": True},
     ),
     "drift": Benchmark(
         "what an approximate cache changes and saves (full canvas)",
@@ -237,6 +238,7 @@ CATALOGUE: dict[str, Benchmark] = {
         file="drift.jsonl",
         kind="bench drift",
         markdown=shown.page("drift", "markdown"),
+        settings={"tokens_per_step": 1, "dtype": "float32"},
     ),
     "cpu": Benchmark(
         "number types, 8 bits, threads and compiled code on a CPU",

@@ -48,6 +48,7 @@ NUMBERS = {
     INT8_DYNAMIC: ("float32", INT8_DYNAMIC),
 }
 REFERENCE = "float32"
+WARM_UP = 2  # texts: a prompt is compiled when its buffer is used again
 STUDENT, TEACHER = "student", "teacher"
 
 
@@ -314,19 +315,19 @@ def take_turns(
     settings: CpuBench,
     tell: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """A line for every side and number of threads. One text of each is not counted: it warms up."""
+    """A line for every side and number of threads. Two texts of each are not counted."""
     lines = []
     for count in settings.thread_counts:
         texts: list[list[Written]] = [[] for _ in sides]
         with threads(count):
-            for repeat in range(-1, settings.repeats):
+            for repeat in range(-WARM_UP, settings.repeats):
                 doing = (
                     f"repeat {repeat + 1} of {settings.repeats}" if repeat >= 0 else "warming up"
                 )
                 tell(f"{count} thread{'s' * (count > 1)}: {doing}")
                 for side, own in zip(sides, texts, strict=True):
                     own.append(write(side, prompts[side.who], settings))
-        counted = [own[1:] for own in texts]
+        counted = [own[WARM_UP:] for own in texts]
         for side, own in zip(sides, counted, strict=True):
             reference = next(
                 other

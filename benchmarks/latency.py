@@ -44,7 +44,9 @@ METRICS = 1  # version of what the numbers mean
 Note = Callable[[str], None]
 
 DEFINITIONS = {
-    "tokens": "visible: after the prompt, before the first end token; prompt and padding never count",
+    "tokens": "visible: after the prompt, before the first end token; prompt and padding never count."
+    " Where texts may end and the vocabulary is shared, the end tokens of all sides end any text; else each"
+    " side has its own",
     "timing": "from token ids to the new ids on the host, prefill included, encoding and decoding of text"
     " excluded; one uncounted text a side before (of the plain loop two steps)",
     "tokens_per_forward": "tokens / forwards of a row; forwards that read the prompt or store finished"
@@ -184,6 +186,9 @@ def open_sides(settings: LatencyBench, models: Models, note: Note) -> Opened:
         if teacher is not None:
             opened.sides.append(teacher_side(teacher, suppress_eos=suppress, mode=mode))
     opened.sides.append(hf_side(models.teacher, suppress_eos=suppress))
+    if models.shared and not suppress:  # the teacher may know more end tokens than the student
+        ends = frozenset().union(*(side.ends for side in opened.sides))
+        opened.sides[:] = [dataclasses.replace(side, ends=ends) for side in opened.sides]
     for who in ("student", "teacher"):
         if not any(side.who == who for side in opened.sides):
             reasons = "; ".join(one["reason"] for one in opened.left_out if one["who"] == who)

@@ -121,13 +121,15 @@ def _bare(
 
 def _options(student: Denoiser, batch: Batch) -> dict[str, Any]:
     device, config = student.device, student.model.config.get_text_config()
-    place_BQ = None if batch.start is not None else batch.place_BQ.to(device)
+    where = None
+    if batch.start is None:
+        where = (torch.arange(len(batch.x_BQ))[:, None].to(device), batch.place_BQ.to(device))
     mask = None
     if not batch.plain:
         seen = batch.visible(batch.queries, batch.keys)
         assert isinstance(seen, torch.Tensor), "a student has one kind of layer"
         mask = attention.float_mask(seen, student.model.dtype).to(device)
-    layers = [Layer(batch, index, place_BQ) for index in range(config.num_hidden_layers)]
+    layers = [Layer(batch, index, where) for index in range(config.num_hidden_layers)]
     return {
         "attention_mask": mask,
         "position_ids": batch.queries.position.to(device),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +29,8 @@ def plot(record: dict[str, Any], path: Path) -> None:
     results = record["results"]
     parts = [speed]
     if results["quality"]:
-        parts.append(frontier)
+        if results["quality"]["texts"]:
+            parts.append(frontier)
         if results["quality"]["infilling"]:
             parts.append(holes)
     if results["batches"]:
@@ -65,21 +65,22 @@ def speed(axes: Axes, results: Line) -> None:
 
 
 def frontier(axes: Axes, results: Line) -> None:
-    """What the teacher thinks of a text against tokens a second in the fastest mode, on both sides.
+    """What the teacher thinks of a text against tokens a second in the mode that wrote it.
 
-    The teacher's own text is the lines.
+    Another mode may round otherwise and write another text. The teacher's own text is the lines.
     """
-    sides = results["sides"]
-    for line in results["quality"]["texts"]:
-        own = [(one["who"], one["decoding"]) == (line["who"], line["decoding"]) for one in sides]
-        fast = max(itertools.compress(sides, own), key=lambda one: one["tokens_per_s"])
+    sides = {(one["who"], one["mode"], one["decoding"]): one for one in results["sides"]}
+    texts = results["quality"]["texts"]
+    for line in texts:
+        own = sides[line["who"], line["mode"], line["decoding"]]
         if line["who"] == "teacher":
             axes.axhline(line["log_likelihood"], color="C1", label="teacher, greedy")
-            axes.axvline(fast["tokens_per_s"], color="C1", linestyle=":")
+            axes.axvline(own["tokens_per_s"], color="C1", linestyle=":")
             continue
-        _point(axes, fast, "tokens_per_s", line, "log_likelihood", line["decoding"])
+        _point(axes, own, "tokens_per_s", line, "log_likelihood", line["decoding"])
     axes.set(
-        xlabel="visible tokens / s, fastest mode", ylabel="teacher's log-likelihood, nats a token"
+        xlabel=f"visible tokens / s, {texts[0]['mode']}",
+        ylabel="teacher's log-likelihood, nats a token",
     )
     axes.legend(fontsize=7)
 

@@ -221,8 +221,13 @@ def quality(
     settings: LatencyBench,
     note: Callable[[str], None],
 ) -> dict[str, Any]:
-    """What became of the texts, and the holes, under every decoding."""
-    note("the teacher judges the texts")
+    """What became of the texts, and the holes, under every decoding.
+
+    A teacher of random weights judges nothing: `texts` is empty then, and `texts_left_out` says why.
+    """
+    random = settings.random_teacher
+    left_out = "the teacher has random weights, its log-likelihood is no quality" if random else ""
+    note(f"texts are not judged: {left_out}" if left_out else "the teacher judges the texts")
     mode = all_written[0].side.mode
     judged = [
         w for w in all_written if w.side.mode == mode and w.side.who in ("student", "teacher")
@@ -232,7 +237,8 @@ def quality(
         "reference": reference,
         "repetitive_below": HEAVY,
         "gram": GRAM,
-        "texts": text_lines(judged, models, prompts, reference),
+        "texts": [] if left_out else text_lines(judged, models, prompts, reference),
+        "texts_left_out": left_out,
         "infilling": None,
     }
     if settings.holes:

@@ -11,6 +11,8 @@ from typing import Any
 from mdm.errors import ConfigError, DataError
 from mdm.record import to_json
 
+from .latency_batches import crossover
+
 Line = dict[str, Any]
 MIB = 2**20
 
@@ -61,7 +63,8 @@ def title(record: dict[str, Any]) -> str:
         "nobody may end a text" if settings["ends"] == "suppressed" else "texts end where they end"
     )
     return (
-        f"{told}, {numbers}, on {place}, {device['threads']} threads. {settings['texts']} prompts of"
+        f"{told}, {numbers}, on {place}, {device['threads']} threads. The student decodes"
+        f" {reading(settings, models['student'])}. {settings['texts']} prompts of"
         f" HumanEval (at most {settings['prompt_length']} tokens"
         + ("" if results["shared_vocabulary"] else "; each side by its own tokenizer")
         + f"), {settings['gen_length']} new tokens at batch 1, {settings['repeats']} times; {ends}."
@@ -70,10 +73,23 @@ def title(record: dict[str, Any]) -> str:
     )
 
 
+def reading(settings: Line, student: Line) -> str:
+    """What the student decodes together and what it keeps meanwhile."""
+    length = settings["block_length"] or student["block_size"]
+    together = f"{length} tokens together" if length else "all tokens together"
+    if settings["cache"] != "none":
+        refresh = settings["refresh"]
+        anew = f"every {refresh} steps" if refresh else "for each block"
+        return f"{together} with the approximate cache `{settings['cache']}`, made anew {anew}"
+    return f"{together} with " + (
+        "the exact cache of its blocks" if student["block_size"] else "no cache"
+    )
+
+
 # --- the table -------------------------------------------------------------------------------------
 
 COLUMNS = (
-    "side", "mode", "params", "peak MiB", "latency s", "p50", "p95", "first s", "tokens/s",
+    "side", "mode", "texts", "params", "peak MiB", "latency s", "p50", "p95", "first s", "tokens/s",
     "tokens/forward", "forwards", "positions", "ms/forward", "× floor",
 )  # fmt: skip
 
@@ -85,6 +101,7 @@ def sides_table(results: Line) -> str:
         rows.append([
             side_name(line),
             line["mode"],
+            str(line["n"]),
             f"{line['parameters'] / 1e6:.1f}M",
             f"{line['peak_bytes'] / MIB:.0f}",
             with_error(line["latency_s"], line["latency_s_std_err"], ".3g"),
@@ -146,7 +163,12 @@ def ratios_text(results: Line) -> str:
             one = own.get((decoding, mode, *other))
             cells.append(with_error(one["ratio"], one["std_err"], ".2f") if one else "")
         rows.append([decoding, mode, *cells])
-    heads = [f"/ {who} {mode}" for who, mode in against]
+    counts = {(one["against"], one["against_mode"]): one["n"] for one in results["ratios"]}
+    most = max(counts.values(), default=0)
+    heads = [
+        f"/ {who} {mode}" + (f" ({counts[who, mode]} of {most} texts)" * (counts[who, mode] < most))
+        for who, mode in against
+    ]
     return "Times the tokens a second:\n\n" + table(["student", "mode", *heads], rows)
 
 
@@ -157,6 +179,13 @@ def quality_table(results: Line) -> str:
     """What each decoding's text is worth, and the holes."""
     found = results["quality"]
     filled = {line["decoding"]: line for line in (found["infilling"] or {"lines": []})["lines"]}
+    if not found["texts"]:
+        told = f"Texts were not judged: {found.get('texts_left_out') or 'there are none'}."
+        if not filled:
+            return told
+        heads = ["student", *hole_heads(found)]
+        rows = [[name, *hole_cells(hole)] for name, hole in filled.items()]
+        return f"{table(heads, rows)}\n\n{told}{holes_text(found)}"
     rows = []
     for line in found["texts"]:
         hole = filled.get(line["decoding"])
@@ -168,11 +197,7 @@ def quality_table(results: Line) -> str:
             f"{line['repetitive']:.0%}",
         ]
         if filled:
-            cells += [
-                with_error(hole["right"], hole["right_std_err"], ".1%"),
-                with_error(hole["minus_reference"], hole["minus_reference_std_err"], "+.1%"),
-                with_error(hole["tokens_per_forward"], hole["tokens_per_forward_std_err"], ".2f"),
-            ] if hole else ["", "", ""]  # fmt: skip
+            cells += hole_cells(hole) if hole else ["", "", ""]
         rows.append(cells)
     heads = ["side", "teacher's nats a token", f"minus {found['reference']}",
              f"different {found['gram']}-grams", "repetitive"]  # fmt: skip
@@ -181,13 +206,32 @@ def quality_table(results: Line) -> str:
         " different."
     )
     if filled:
-        heads += ["holes: right", f"minus {found['reference']}", "tokens/forward there"]
-        infilling = found["infilling"]
-        told += (
-            f" Holes: {infilling['lines'][0]['n']} spans of {infilling['span']} tokens in solutions of"
-            " HumanEval, share of tokens that are right."
-        )
+        heads += hole_heads(found)
+        told += holes_text(found)
     return table(heads, rows) + f"\n\n{told}"
+
+
+def hole_heads(found: Line) -> list[str]:
+    """Of the columns of hole_cells."""
+    return ["holes: right", f"minus {found['reference']}", "tokens/forward there"]
+
+
+def hole_cells(hole: Line) -> list[str]:
+    """Right tokens, the same minus the reference, tokens a forward."""
+    return [
+        with_error(hole["right"], hole["right_std_err"], ".1%"),
+        with_error(hole["minus_reference"], hole["minus_reference_std_err"], "+.1%"),
+        with_error(hole["tokens_per_forward"], hole["tokens_per_forward_std_err"], ".2f"),
+    ]
+
+
+def holes_text(found: Line) -> str:
+    """What the holes are, behind another sentence."""
+    infilling = found["infilling"]
+    return (
+        f" Holes: {infilling['lines'][0]['n']} spans of {infilling['span']} tokens in solutions of"
+        " HumanEval, share of tokens that are right."
+    )
 
 
 def batches_table(record: dict[str, Any]) -> str:
@@ -195,10 +239,13 @@ def batches_table(record: dict[str, Any]) -> str:
     found = record["results"]["batches"]
     own = {(line["mode"], line["batch"], line["who"]): line for line in found["lines"]}
     rows = []
+    points: dict[str, list[tuple[int, float, float]]] = {}
     for mode, size in dict.fromkeys((line["mode"], line["batch"]) for line in found["lines"]):
         student, teacher = (own[mode, size, who]["tokens_per_s"] for who in ("student", "teacher"))
+        points.setdefault(mode, []).append((size, student, teacher))
+        ratio = student / teacher if teacher else None  # nothing visible, nothing to compare
         rows.append(
-            [mode, str(size), f"{student:.1f}", f"{teacher:.1f}", f"{student / teacher:.2f}"]
+            [mode, str(size), f"{student:.1f}", f"{teacher:.1f}", with_error(ratio, None, ".2f")]
         )
     heads = [
         "mode",
@@ -207,7 +254,10 @@ def batches_table(record: dict[str, Any]) -> str:
         "teacher, tokens/s",
         "ratio",
     ]
-    told = " ".join(crossover_text(one) for one in found["crossovers"])
+    # Older records tell of the first crossing alone: the lines are asked again.
+    told = " ".join(
+        crossover_text({**one, **crossover(points[one["mode"]])}) for one in found["crossovers"]
+    )
     length = record["settings"]["batch_length"]
     return f"{length} new tokens a row, all rows together:\n\n{table(heads, rows)}\n\n{told}"
 
@@ -220,6 +270,7 @@ def crossover_text(one: Line) -> str:
         "student": "the student is ahead at every batch that was measured",
         "teacher": "the teacher is ahead at every batch that was measured",
         "teacher first": "the teacher is ahead at first and falls back later",
+        "changing": f"the leads change more than once ({one.get('changes')} times)",
     }
     return f"{one['mode']}: {leads[one['leads']]}."
 
@@ -257,24 +308,40 @@ def last_record(path: Path) -> dict[str, Any]:
     return dict(own[-1])
 
 
-ALIKE = ("dtype", "threads", "quantization", "gen_length", "prompt_length", "ends", "texts", "seed")
+ALIKE = (
+    "dtype", "threads", "quantization", "gen_length", "prompt_length", "ends", "texts", "seed",
+    "cache", "refresh", "block_length", "random_teacher",
+)  # fmt: skip
 
 
 def require_comparable(one: dict[str, Any], other: dict[str, Any]) -> None:
-    """Raise ConfigError unless two records were made on one device under one meaning of the numbers."""
+    """Raise ConfigError unless two records were made on one device, against one teacher, under one meaning
+    of the numbers."""
     facts = {
         "metric version": [record["results"]["metrics"] for record in (one, other)],
         "device": [
             {**record["device"], "type": record["results"]["device"]} for record in (one, other)
         ],
-        **{name: [record["settings"][name] for record in (one, other)] for name in ALIKE},
+        "teacher": [told_teacher(record) for record in (one, other)],
+        **{name: [record["settings"].get(name) for record in (one, other)] for name in ALIKE},
     }
+    if one["settings"]["ends"] == "natural":  # else no text ends, whatever an end is
+        facts["meaning of tokens"] = [
+            record["results"]["definitions"]["tokens"] for record in (one, other)
+        ]
     for what, (first, second) in facts.items():
         if to_json(first) != to_json(second):
             raise ConfigError(
                 f"these records cannot be compared: {what} is {first} in one and {second} in the other;"
                 " measure both in the same way on the same machine"
             )
+
+
+def told_teacher(record: dict[str, Any]) -> dict[str, Any]:
+    """The hash of its weights; its source, too, where that says nothing."""
+    teacher = record["results"]["models"]["teacher"]
+    own = {"weights": teacher["weights"]}
+    return own if own["weights"] not in (None, "random") else {**own, "source": teacher["source"]}
 
 
 def compared(now: dict[str, Any], before: dict[str, Any]) -> str:
@@ -292,9 +359,16 @@ def compared(now: dict[str, Any], before: dict[str, Any]) -> str:
                 line["mode"],
                 with_error(was["tokens_per_s"], was["tokens_per_s_std_err"], ".1f"),
                 with_error(line["tokens_per_s"], line["tokens_per_s_std_err"], ".1f"),
-                f"{line['tokens_per_s'] / was['tokens_per_s']:.2f}",
+                with_error(
+                    line["tokens_per_s"] / was["tokens_per_s"] if was["tokens_per_s"] else None,
+                    None, ".2f",
+                ),
             ])  # fmt: skip
-    heads = ["side", "mode", f"tokens/s at {before['commit']}", f"at {now['commit']}", "ratio"]
+    old_name, new_name = (
+        f"of `{record['results']['models']['student']['source']}` at {record['commit']}"
+        for record in (before, now)
+    )
+    heads = ["side", "mode", f"tokens/s {old_name}", new_name, "ratio"]
     return table(heads, rows)
 
 

@@ -65,7 +65,7 @@ class Side:
     mode      eager, compile or graphs
     decoding  how the student (or the plain loop) decides; "" = one token after the other
     write     prompts, new tokens -> what was written
-    ends      tokens that end a text for this side
+    ends      tokens that end a text for whoever counts what is visible
     warm_up   the same, for everything that happens once; by default a whole text
     """
 

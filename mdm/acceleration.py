@@ -8,7 +8,7 @@ model are all recorded, so student and teacher are treated alike; long prompts a
 
     eager     nothing of this
     graphs    recorded on a GPU
-    compile   torch.compile, on any device; the first step of each shape takes a minute
+    compile   torch.compile, on any device; the first steps take a minute
 
 What could not be recorded is run eagerly, and `Static.reasons` counts why.
 Shapes: B rows, Q tokens read, K keys, C capacity, D width.
@@ -22,6 +22,7 @@ import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -33,6 +34,8 @@ log = logging.getLogger("mdm")
 
 LEAST_CAPACITY = 256
 MOST_READ = 256  # more tokens than this keep a GPU busy anyway
+MOST_IDLE = 4  # buffers that are kept for later though nobody needs them now
+REFUSED = "forwards of this shape could not be recorded"
 
 # (function of nothing, device) -> function of nothing that does the same again.
 Record = Callable[[Callable[[], torch.Tensor], torch.device], Callable[[], torch.Tensor]]
@@ -41,7 +44,7 @@ Record = Callable[[Callable[[], torch.Tensor], torch.device], Callable[[], torch
 def accelerate(reader: Reader, mode: str) -> None:
     """Run the forwards of a Denoiser or Autoregressive in this mode from now on.
 
-    Raises ConfigError for an unknown mode, or if the model is where it does not work.
+    Raises ConfigError for an unknown mode, or if the model is one or where it does not work.
     """
     check_known("mode", mode, MODES)
     if mode == "graphs" and reader.device.type != "cuda":
@@ -49,16 +52,26 @@ def accelerate(reader: Reader, mode: str) -> None:
             f"mode=graphs records what a GPU is told, but this model is on {reader.device.type}; use"
             " mode=eager, or mode=compile"
         )
-    record = MODES[mode]
-    reader.runner = EAGER if record is None else Static(record).runner()
+    if mode != "eager" and not reader.plain_head:
+        raise ConfigError(
+            f"mode={mode} records the body of a model, but the head of {type(reader.model).__name__} is"
+            " more than a matrix and runs inside the model; use mode=eager"
+        )
+    reader.runner = MODES[mode]()
 
 
 @dataclasses.dataclass
 class _Recorded:
-    """A forward of fixed shape: its inputs stay where they are."""
+    """A forward of fixed shape: its inputs stay where they are.
 
-    batch: Batch
-    play: Callable[[], torch.Tensor]
+    queries  (6, rows, width): tokens, places, document, position, stream, masked
+    keys     (4, rows, capacity): document, position, stream, masked
+    play     None if it could not be recorded
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    play: Callable[[], torch.Tensor] | None
 
 
 @dataclasses.dataclass
@@ -67,7 +80,7 @@ class _Storage:
 
     layers: dict[int, tuple[torch.Tensor, torch.Tensor]]
     owner: weakref.ref[Buffer]
-    recorded: dict[tuple[int, int], _Recorded] = dataclasses.field(default_factory=dict)
+    recorded: dict[int, _Recorded] = dataclasses.field(default_factory=dict)
 
 
 class Static:
@@ -87,54 +100,87 @@ class Static:
 
     def make_buffer(self, rows: int, capacity: int) -> Buffer:
         """A buffer whose memory may have served before."""
-        capacity = max(LEAST_CAPACITY, _power(capacity))
-        buffer = Buffer(rows, capacity)
-        for storage in self.storages.setdefault((rows, capacity), []):
-            if storage.owner() is None:
-                # What is left there from others is hidden like all that is not a row's own.
-                buffer.layers, storage.owner = storage.layers, weakref.ref(buffer)
-                return buffer
-        self.storages[rows, capacity].append(_Storage(buffer.layers, weakref.ref(buffer)))
+        room, capacity = _power(rows), max(LEAST_CAPACITY, _power(capacity))
+        buffer = Buffer(rows, capacity, room)
+        own = self.storages.setdefault((room, capacity), [])
+        free = next((storage for storage in own if storage.owner() is None), None)
+        if free is None:
+            self._forget()
+            own.append(_Storage(buffer.layers, weakref.ref(buffer)))
+            return buffer
+        for parts in free.layers.values():
+            for part in parts:
+                part.zero_()  # a mask hides any number, but not NaN
+        buffer.layers, free.owner = free.layers, weakref.ref(buffer)
         return buffer
+
+    def _forget(self) -> None:
+        """Let go of memory that serves nobody, but for some."""
+        idle = [
+            (own, storage)
+            for own in self.storages.values()
+            for storage in own
+            if storage.owner() is None
+        ]
+        for own, storage in idle[: max(0, len(idle) - MOST_IDLE)]:
+            own.remove(storage)
 
     def body(self, reader: Reader, batch: Batch) -> torch.Tensor:
         """(B, Q, D) last hidden states."""
-        why = self._why_not(batch)
-        if why is not None:
+        rows, width = batch.x_BQ.shape
+        recorded, why = self._find(reader, batch)
+        if recorded is None or recorded.play is None:
             self.reasons[why] += 1
             return eager_body(reader, batch)
-        storage = next(
-            one
-            for one in self.storages[batch.buffer.rows, batch.buffer.capacity]
-            if one.layers is batch.buffer.layers
-        )
-        width = batch.x_BQ.shape[1]
-        key = (len(batch.x_BQ), _power(width))
-        recorded = storage.recorded.get(key)
+        _fill(recorded, batch)
+        return recorded.play()[:rows, :width]
+
+    def _find(self, reader: Reader, batch: Batch) -> tuple[_Recorded | None, str]:
+        """The recorded forward for a batch; None and why if there is none."""
+        width, buffer = batch.x_BQ.shape[1], batch.buffer
+        if width > MOST_READ:
+            return None, f"more than {MOST_READ} tokens are read at once"
+        if not buffer.layers:
+            return None, "the first forward in a new buffer"
+        own = self.storages.get((buffer.room, buffer.capacity), ())
+        storage = next((one for one in own if one.layers is buffer.layers), None)
+        if storage is None:
+            return None, "a buffer of a text that was begun in another mode"
+        recorded = storage.recorded.get(_power(width))
         if recorded is None:
             recorded = self._recorded(reader, batch)
-            storage.recorded[key] = recorded
-        _fill(recorded.batch, batch)
-        return recorded.play()[:, :width]
-
-    def _why_not(self, batch: Batch) -> str | None:
-        if batch.x_BQ.shape[1] > MOST_READ:
-            return f"more than {MOST_READ} tokens are read at once"
-        if not batch.buffer.layers:
-            return "the first forward in a new buffer"
-        return None
+            storage.recorded[_power(width)] = recorded
+        return recorded, REFUSED
 
     def _recorded(self, reader: Reader, batch: Batch) -> _Recorded:
-        fixed = _fixed(batch, _power(batch.x_BQ.shape[1]), reader.device)
-        _fill(fixed, batch)
-        run = functools.partial(eager_body, reader, fixed)
+        rows, capacity = batch.buffer.room, batch.buffer.capacity
+        shape = {"dtype": torch.long, "device": reader.device}
+        queries = torch.zeros(6, rows, _power(batch.x_BQ.shape[1]), **shape)
+        recorded = _Recorded(queries, torch.zeros(4, rows, capacity, **shape), None)
+        _fill(recorded, batch)
+        # Never the buffer itself: its owner is to die when its rows are finished.
+        home = Buffer(rows, capacity)
+        home.layers = batch.buffer.layers
+        fixed = Batch(
+            queries[0],
+            Tokens(*queries[2:]),
+            Tokens(*recorded.keys),
+            batch.visible,
+            False,
+            queries[1],
+            None,
+            capacity,
+            home,
+        )
         try:
-            return _Recorded(fixed, self.record(run, reader.device))
+            run = functools.partial(eager_body, reader, fixed)
+            recorded.play = self.record(run, reader.device)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
-            why = f"it could not be recorded ({' '.join(str(error).split())[:200]})"
-            log.warning("forwards of this shape are run kernel by kernel: %s", why)
-            self.reasons[why] += 1
-            return _Recorded(fixed, run)
+            why = " ".join(str(error).split())[:200]
+            log.warning("%s, so they are run kernel by kernel: %s", REFUSED, why)
+        return recorded
 
 
 def _power(number: int) -> int:
@@ -142,60 +188,48 @@ def _power(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def _fixed(batch: Batch, width: int, device: torch.device) -> Batch:
-    """A batch of the same rows with `width` tokens each and all keys of the buffer, to be filled in."""
-    rows, capacity = len(batch.x_BQ), batch.buffer.capacity
-    # Never the buffer itself: its owner is to die when its rows are finished.
-    home = Buffer(batch.buffer.rows, capacity)
-    home.layers = batch.buffer.layers
-    return Batch(
-        torch.zeros(rows, width, dtype=torch.long, device=device),
-        _nothing(rows, width, device),
-        _nothing(rows, capacity, device),
-        batch.visible,
-        False,
-        torch.zeros(rows, width, dtype=torch.long, device=device),
-        None,
-        capacity,
-        home,
-    )
-
-
-def _nothing(rows: int, length: int, device: torch.device) -> Tokens:
-    zeros = torch.zeros(4, rows, length, dtype=torch.long, device=device)
-    return Tokens(zeros[0], zeros[1], zeros[2], zeros[3].bool())
-
-
-def _fill(fixed: Batch, batch: Batch) -> None:
-    """Write what is read now where the recorded forward finds it; what is left over is of no document."""
-    width, keys = batch.x_BQ.shape[1], batch.length
-    fixed.x_BQ[:, :width] = batch.x_BQ.to(fixed.x_BQ.device, non_blocking=True)
-    fixed.place_BQ[:, width:] = fixed.length - 1
-    fixed.place_BQ[:, :width] = batch.place_BQ.to(fixed.x_BQ.device, non_blocking=True)
-    for own, new, stop in (
-        (fixed.queries, batch.queries, width),
-        (fixed.keys, batch.keys, keys),
+def _fill(recorded: _Recorded, batch: Batch) -> None:
+    """Send what is read now to where the recorded forward finds it; what is left over is of no document."""
+    (rows, width), keys = batch.x_BQ.shape, batch.length
+    queries = torch.zeros(recorded.queries.shape, dtype=torch.long)
+    queries[1], queries[2] = recorded.keys.shape[2] - 1, -1
+    own = batch.queries
+    for place, part in enumerate(
+        (batch.x_BQ, batch.place_BQ, own.document, own.position, own.stream, own.masked)
     ):
-        own.document[:, stop:] = -1
-        for name in ("document", "position", "stream", "masked"):
-            part: torch.Tensor = getattr(own, name)
-            part[:, :stop] = getattr(new, name).to(part.device, non_blocking=True)
+        queries[place, :rows, :width] = part
+    seen = torch.zeros(recorded.keys.shape, dtype=torch.long)
+    seen[0] = -1
+    own = batch.keys
+    for place, part in enumerate((own.document, own.position, own.stream, own.masked)):
+        seen[place, :rows, :keys] = part
+    recorded.queries.copy_(queries, non_blocking=True)
+    recorded.keys.copy_(seen, non_blocking=True)
 
 
 # --- ways to record ----------------------------------------------------------------------------------
 
 
-def _graph(run: Callable[[], torch.Tensor], device: torch.device) -> Callable[[], torch.Tensor]:
-    """A CUDA graph of the call, after three calls that let libraries choose their kernels."""
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.no_grad(), torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream(device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.no_grad(), torch.cuda.graph(graph):
-        states_BQD = run()
+def _graph(
+    run: Callable[[], torch.Tensor], device: torch.device, *, pool: list[Any]
+) -> Callable[[], torch.Tensor]:
+    """A CUDA graph of the call, after three calls that let libraries choose their kernels.
+
+    All graphs of a model share memory for what is between their inputs and outputs: an output is used up
+    before the next graph is played.
+    """
+    with torch.no_grad(), torch.cuda.device(device):
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                run()
+        torch.cuda.current_stream(device).wait_stream(side)
+        if not pool:
+            pool.append(torch.cuda.graph_pool_handle())
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool[0], stream=side, capture_error_mode="thread_local"):
+            states_BQD = run()
 
     def play() -> torch.Tensor:
         graph.replay()
@@ -206,7 +240,13 @@ def _graph(run: Callable[[], torch.Tensor], device: torch.device) -> Callable[[]
 
 def _compiled(run: Callable[[], torch.Tensor], device: torch.device) -> Callable[[], torch.Tensor]:
     compiled: Callable[[], torch.Tensor] = torch.compile(run)
+    with torch.no_grad():
+        compiled()  # what cannot be compiled shows now
     return compiled
 
 
-MODES: dict[str, Record | None] = {"eager": None, "graphs": _graph, "compile": _compiled}
+MODES: dict[str, Callable[[], Runner]] = {
+    "eager": lambda: EAGER,
+    "graphs": lambda: Static(functools.partial(_graph, pool=[])).runner(),
+    "compile": lambda: Static(_compiled).runner(),
+}

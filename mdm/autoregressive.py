@@ -72,6 +72,11 @@ class Autoregressive:
         return frozenset((self.vocab.eos_id, *more, *self.more_ends))
 
     @functools.cached_property
+    def ends(self) -> torch.Tensor:
+        """The same on the device."""
+        return torch.tensor(sorted(self.end_ids), device=self.device)
+
+    @functools.cached_property
     def opening(self) -> tuple[int, ...]:
         """What its tokenizer puts before every text by itself: often a start token, often nothing."""
         return tuple(self.vocab.tokenizer("a")["input_ids"][: -len(self.vocab.encode("a"))])
@@ -280,12 +285,10 @@ def _choose(
     logits_BV = ar.head(states_BD)
     log_probs_BV = logits_BV.log_softmax(-1)
     if settings.suppress_eos:
-        logits_BV = logits_BV.index_fill(
-            -1, torch.tensor(sorted(ar.end_ids), device=logits_BV.device), float("-inf")
-        )
+        logits_BV = logits_BV.index_fill(-1, ar.ends, float("-inf"))
     if settings.temperature > 0:
         drawn = [torch.rand((), dtype=torch.float64, generator=random) for random in randoms]
-        uniform_B = torch.stack(drawn).to(logits_BV.device)
+        uniform_B = torch.stack(drawn).to(logits_BV.device, non_blocking=True)
         token_B = draw(logits_BV, uniform_B, settings.temperature, settings.top_p)
     else:
         token_B = logits_BV.argmax(-1)

@@ -40,13 +40,14 @@ class Reader(Protocol):
 
 
 class Buffer:
-    """Keys and values of all layers, (rows, H, capacity, W) each; made by the first forward.
+    """Keys and values of all layers, (room, H, capacity, W) each; made by the first forward.
 
+    room    rows there is room for, at least `rows`; by default as many
     filled  tokens of each row that are read for good
     """
 
-    def __init__(self, rows: int, capacity: int) -> None:
-        self.rows, self.capacity = rows, capacity
+    def __init__(self, rows: int, capacity: int, room: int | None = None) -> None:
+        self.rows, self.capacity, self.room = rows, capacity, room or rows
         self.filled = [0] * rows
         self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -61,7 +62,7 @@ class Buffer:
     def _like(self, part_BHQW: torch.Tensor) -> torch.Tensor:
         # Zeros, not whatever was in memory: what is hidden by a mask still must be a number.
         _, heads, _, width = part_BHQW.shape
-        return part_BHQW.new_zeros(self.rows, heads, self.capacity, width)
+        return part_BHQW.new_zeros(self.room, heads, self.capacity, width)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,6 +195,8 @@ def read(
     outputs. Raises CheckpointError if the model keeps no keys: one with its own code may not.
     """
     before = 0 if kept_MD is None else len(kept_MD)
+    # Sent before the forward: a copy that is asked for behind it would wait for it.
+    index_N = wanted_N.to(reader.device, non_blocking=True)
     if reader.plain_head:
         outputs_MD = reader.runner.body(reader, batch).flatten(0, 1)
     else:
@@ -205,8 +208,9 @@ def read(
         needed_BQ = needed_M[before:].view_as(batch.x_BQ).to(reader.device)
         outputs_MD = call(reader, batch, reader.model, logits_to_keep=needed_BQ).logits
         wanted_N = torch.where(wanted_N < before, wanted_N, before + number_M[inside_N])
+        index_N = wanted_N.to(reader.device)
     table_MD = outputs_MD if kept_MD is None else torch.cat([kept_MD, outputs_MD])
-    return table_MD[wanted_N.to(reader.device)]
+    return table_MD[index_N]
 
 
 def eager_body(reader: Reader, batch: Batch) -> torch.Tensor:
@@ -228,9 +232,10 @@ def call(reader: Reader, batch: Batch, module: Any, **options: Any) -> Any:
 
     Raises CheckpointError if they are not.
     """
-    from transformers.cache_utils import Cache, CacheLayerMixin
+    from transformers.cache_utils import Cache
 
-    CacheLayerMixin.register(Layer)  # here, since importing transformers takes a second
+    if not _REGISTERED:
+        _register()
     device = reader.device
     x_BQ, queries = sent(batch.x_BQ, batch.queries, device)
     mask: Any = None
@@ -241,9 +246,12 @@ def call(reader: Reader, batch: Batch, module: Any, **options: Any) -> Any:
             mask = {kind: attention.float_mask(one, dtype) for kind, one in seen.items()}
         else:
             mask = attention.float_mask(seen, dtype)
-    place_BQ = None if batch.start is not None else batch.place_BQ.to(device)
+    where = None
+    if batch.start is None:
+        row_B1 = torch.arange(len(x_BQ), device=device)[:, None]
+        where = (row_B1, batch.place_BQ.to(device, non_blocking=True))
     config = reader.model.config.get_text_config()
-    layers = [Layer(batch, index, place_BQ) for index in range(config.num_hidden_layers)]
+    layers = [Layer(batch, index, where) for index in range(config.num_hidden_layers)]
     found = module(
         x_BQ,
         attention_mask=mask,
@@ -265,7 +273,8 @@ def sent(
 ) -> tuple[torch.Tensor, Tokens]:
     """Token ids and where they stand, on the device, by one copy."""
     fields = [tokens.document, tokens.position, tokens.stream, tokens.masked.long()]
-    packed = torch.stack([fields[0] if x_BQ is None else x_BQ, *fields]).to(device)
+    packed = torch.stack([fields[0] if x_BQ is None else x_BQ, *fields])
+    packed = packed.to(device, non_blocking=True)
     return packed[0], Tokens(packed[1], packed[2], packed[3], packed[4].bool())
 
 
@@ -276,8 +285,11 @@ class Layer:
     is_sliding = False
     is_croppable = False
 
-    def __init__(self, batch: Batch, index: int, place_BQ: torch.Tensor | None) -> None:
-        self.batch, self.index, self.place_BQ = batch, index, place_BQ
+    def __init__(
+        self, batch: Batch, index: int, where: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> None:
+        """`where`: rows (B, 1) and places (B, Q), unless all are one slice."""
+        self.batch, self.index, self.where = batch, index, where
         self.is_initialized = False  # becomes true when the model has written
 
     def update(
@@ -289,11 +301,12 @@ class Layer:
         seen = []
         parts = batch.buffer.layer(self.index, keys_BHQW, values_BHQW)
         for part, new_BHQW in zip(parts, (keys_BHQW, values_BHQW), strict=True):
-            if batch.start is not None:
+            if self.where is None:
+                assert batch.start is not None
                 part[:rows, :, batch.start : batch.start + width] = new_BHQW
             else:
-                row_B1 = torch.arange(rows, device=part.device)[:, None]
-                part[row_B1, :, self.place_BQ] = new_BHQW.transpose(1, 2).to(part.dtype)
+                row_B1, place_BQ = self.where
+                part[row_B1, :, place_BQ] = new_BHQW.transpose(1, 2).to(part.dtype)
             seen.append(part[:rows, :, : batch.length])
         return seen[0], seen[1]
 
@@ -308,3 +321,15 @@ class Layer:
     def get_max_length(self) -> int:
         """No more fit."""
         return self.batch.buffer.capacity
+
+
+_REGISTERED = False
+
+
+def _register() -> None:
+    """Tell `transformers` that Layer is one of its layers; not at import, which would take a second."""
+    from transformers.cache_utils import CacheLayerMixin
+
+    global _REGISTERED
+    CacheLayerMixin.register(Layer)
+    _REGISTERED = True

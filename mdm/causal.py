@@ -71,20 +71,20 @@ def read_on(
 def windows_of(config: Any) -> dict[str, int | None]:
     """How far back each kind of layer sees; None = to the start. One kind "" if the model names none.
 
-    Raises CheckpointError for layers that see in chunks.
+    Raises CheckpointError for layers of other kinds: in chunks, linear, recurrent.
     """
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
+    others = sorted(set(kinds or ()) - {"full_attention", "sliding_attention"})
+    if others:
+        raise CheckpointError(
+            f"{config.model_type} has layers of another kind ({', '.join(others)}); mdm can write with models"
+            " whose layers all attend to everything before, or to a sliding window of it"
+        )
     if not has_sliding_window(config):
         return {"": None}
     if kinds is None:
         return {"": window}
-    chunked = sorted({kind for kind in kinds if "chunked" in kind})
-    if chunked:
-        raise CheckpointError(
-            f"layers of {config.model_type} see in chunks ({', '.join(chunked)}); mdm can write with models"
-            " that see everything or a sliding window"
-        )
     return {kind: window if "sliding" in kind else None for kind in set(kinds)}
 
 

@@ -166,8 +166,9 @@ class Denoiser(nn.Module):
         layout = attention_layout(
             document_ids_BL, xt_BL, self.model.dtype, causal=False, always=self.always_mask
         )
-        layout = {name: part.to(self.device) for name, part in layout.items()}
-        return self._outputs(xt_BL.to(self.device), wanted_BL, layout)
+        device = self.device
+        layout = {name: part.to(device, non_blocking=True) for name, part in layout.items()}
+        return self._outputs(xt_BL.to(device, non_blocking=True), wanted_BL, layout)
 
     def _block_rows(
         self,
@@ -214,7 +215,7 @@ class Denoiser(nn.Module):
     ) -> torch.Tensor:
         """(M, D) inputs of the head at the outputs that are needed; (M, V) logits if it is not plain."""
         if self.plain_head:
-            needed_M = needed_BL.flatten().nonzero()[:, 0].to(self.device)
+            needed_M = needed_BL.flatten().nonzero()[:, 0].to(self.device, non_blocking=True)
             return self.model.base_model(x_BL, use_cache=False, **layout)[0].flatten(0, 1)[needed_M]
         needed_BL = needed_BL.to(self.device)
         return self.model(x_BL, use_cache=False, logits_to_keep=needed_BL, **layout).logits

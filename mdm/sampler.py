@@ -66,6 +66,7 @@ def make_canvas(
     """
     check_blocks(denoiser, settings)
     assert not padding or denoiser.block_size is None, "blocks are counted from position 0"
+    assert not padding or settings.cache == "none", "what is kept knows of no padding in front"
     if len(ids) > denoiser.max_length:
         raise ConfigError(
             f"the canvas has {len(ids)} tokens, but the model was built for at most"
@@ -427,7 +428,7 @@ def proposals(denoiser: Denoiser, canvases: Sequence[Canvas], reading: Reading) 
         drawn_2n = None
         if needs_uniforms(settings):
             draws = [uniforms(settings, len(reading.opens[i]), canvases[i].random) for i in numbers]
-            drawn_2n = torch.cat(draws, dim=1).to(states_nD.device)
+            drawn_2n = torch.cat(draws, dim=1).to(states_nD.device, non_blocking=True)
         for chunk in denoiser.chunks(len(states_nD)):
             own_nD = None if without_nD is None else without_nD[chunk]
             logits_nV = _logits(denoiser, settings.cfg_scale, states_nD[chunk], own_nD)

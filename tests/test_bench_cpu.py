@@ -115,7 +115,7 @@ def test_a_student_without_blocks_reads_all(folders, tmp_path):
 
 
 def test_sides_take_turns(monkeypatch):
-    """Each number of threads: one text of every side that is not counted, then all of them in turn."""
+    """Each number of threads: two texts of every side that are not counted, then all of them in turn."""
     written = []
 
     def write(side, prompt, settings):
@@ -131,17 +131,17 @@ def test_sides_take_turns(monkeypatch):
     assert written == [
         (threads, number, [5])
         for threads in (1, 2)
-        for _ in range(3)
+        for _ in range(4)
         for number in ("float32", "bfloat16")
     ]
     assert told[0] == "1 thread: warming up"
     assert told[-1] == "2 threads: repeat 2 of 2"
     first, second = lines[:2]
-    assert first["seconds_all"] == [4.0, 6.0]  # medians of a text
-    assert first["median_seconds"] == 5.0
-    assert first["std_err"] == pytest.approx(statistics.stdev([4, 6]) / 2**0.5)
-    assert second["times_faster"] == pytest.approx((4 / 2 + 6 / 2) / 2)
-    assert second["times_faster_std_err"] == pytest.approx(statistics.stdev([2, 3]) / 2**0.5)
+    assert first["seconds_all"] == [6.0, 8.0]  # medians of a text
+    assert first["median_seconds"] == 7.0
+    assert first["std_err"] == pytest.approx(statistics.stdev([6, 8]) / 2**0.5)
+    assert second["times_faster"] == pytest.approx((6 / 2 + 8 / 2) / 2)
+    assert second["times_faster_std_err"] == pytest.approx(statistics.stdev([3, 4]) / 2**0.5)
     assert second["tokens_read"] == 7
     assert second["first_seconds"] == 9.0
 

@@ -23,10 +23,11 @@ from mdm.benchmarks import latency_quality as quality
 from mdm.benchmarks import latency_report as report
 from mdm.benchmarks import latency_sides as sides
 from mdm.benchmarks import latency_table as table
+from mdm.benchmarks.catalogue import CATALOGUE
 from mdm.benchmarks.latency_batches import batches, crossover
 from mdm.benchmarks.latency_command import latency as command
 from mdm.benchmarks.latency_plain import plain_text
-from mdm.benchmarks.latency_plot import plot
+from mdm.benchmarks.latency_plot import frontier, plot
 from mdm.benchmarks.latency_settings import Decoding, LatencyBench
 from mdm.buffers import EAGER
 from mdm.checkpoint import save_denoiser, weights_hash
@@ -586,6 +587,38 @@ def test_the_first_token_counts_from_where_there_is_no_gap(models, monkeypatch):
     assert found.wall_s == 9
 
 
+@pytest.mark.parametrize(
+    ("make", "first_s"),
+    [
+        (sides.teacher_side, 1),  # once the first step is there
+        (sides.hf_side, 2),  # when the second forward begins
+    ],
+)
+def test_the_first_token_of_the_teacher_is_that_of_its_first_forward(
+    models, monkeypatch, make, first_s
+):
+    side = make(models.teacher, suppress_eos=True)
+    side.write([[START, *b"abc"]], 2)  # imports and the like read the clock, too
+    ticks = iter(range(100))
+    monkeypatch.setattr(sides, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    found = side.write([[START, *b"abc"]], 5)
+    assert (found.first_s, found.wall_s, found.passes) == (first_s, 6, 5)
+
+
+@pytest.mark.parametrize(
+    ("ends", "shared"), [("natural", True), ("natural", False), ("suppressed", True)]
+)
+def test_texts_that_may_end_end_alike_for_all(models, ends, shared):
+    ar = Autoregressive(models.teacher.model, models.teacher.vocab, more_ends=[65])
+    own = dataclasses.replace(models, teacher=ar, shared=shared)
+    settings = dataclasses.replace(SETTINGS, ends=ends)
+    found = bench.open_sides(settings, own, lambda text: None).sides
+    for side in found:
+        alike = ends == "natural" and shared
+        knows = alike or side.who in ("teacher", "teacher_hf")
+        assert side.ends == frozenset([END, 65] if knows else [END])
+
+
 def test_a_kind_without_a_column_is_noticed():
     with pytest.raises(AssertionError, match="thinking"):
         sides.counted(iter(["prefill", "thinking"]))
@@ -698,7 +731,7 @@ def test_ratios_are_of_texts_that_both_wrote():
     assert found["std_err"] == pytest.approx(abs(one_left[0] - one_left[1]) / 2)
 
 
-def test_modes_are_compared_with_the_same_mode_and_with_generate():
+def test_students_are_compared_with_the_teacher_in_every_mode_and_with_generate():
     sides_ = [
         written("student", [[1.0]], [4], "schedule=1", "eager"),
         written("student", [[1.0]], [4], "schedule=1", "graphs"),
@@ -710,7 +743,9 @@ def test_modes_are_compared_with_the_same_mode_and_with_generate():
     found = [(one["mode"], one["against"], one["against_mode"]) for one in table.ratios(sides_)]
     assert found == [
         ("eager", "teacher", "eager"),
+        ("eager", "teacher", "graphs"),
         ("eager", "teacher_hf", "eager"),
+        ("graphs", "teacher", "eager"),
         ("graphs", "teacher", "graphs"),
         ("graphs", "teacher_hf", "eager"),
     ]
@@ -746,12 +781,24 @@ def test_the_jackknife_of_a_mean_is_its_standard_error():
 def test_where_the_teacher_overtakes():
     found = crossover([(1, 30.0, 10.0), (4, 50.0, 40.0), (16, 60.0, 90.0)])
     # ahead by 10 at 4, behind by 30 at 16: a quarter of the way from log2 4 to log2 16
-    assert found == {"batch": pytest.approx(2**2.5), "leads": "student first"}
+    assert found == {"batch": pytest.approx(2**2.5), "leads": "student first", "changes": 1}
 
 
 def test_an_exact_tie_is_no_overtaking():
-    assert crossover([(1, 5.0, 5.0), (2, 9.0, 9.0)]) == {"batch": None, "leads": "student"}
-    assert crossover([(1, 5.0, 5.0), (2, 8.0, 9.0)]) == {"batch": 1.0, "leads": "student first"}
+    none, one = [(1, 5.0, 5.0), (2, 9.0, 9.0)], [(1, 5.0, 5.0), (2, 8.0, 9.0)]
+    assert crossover(none) == {"batch": None, "leads": "student", "changes": 0}
+    assert crossover(one) == {"batch": 1.0, "leads": "student first", "changes": 1}
+
+
+@pytest.mark.parametrize(
+    ("gaps", "changes"), [((1, -1, 1), 2), ((-1, 1, -1), 2), ((1, -1, 0, -2), 3)]
+)
+def test_leads_that_change_more_than_once_have_no_single_batch(gaps, changes):
+    points = [(2**i, 5.0 + gap, 5.0) for i, gap in enumerate(gaps)]
+    found = crossover(points)
+    assert found == {"batch": None, "leads": "changing", "changes": changes}
+    told = report.crossover_text({"mode": "eager", **found})
+    assert told == f"eager: the leads change more than once ({changes} times)."
 
 
 @pytest.mark.parametrize(
@@ -764,7 +811,8 @@ def test_an_exact_tie_is_no_overtaking():
     ],
 )
 def test_nobody_overtakes(points, leads):
-    assert crossover(points) == {"batch": None, "leads": leads}
+    changes = int(leads == "teacher first")
+    assert crossover(points) == {"batch": None, "leads": leads, "changes": changes}
 
 
 def test_batches_are_warmed_up_and_who_begins_changes():
@@ -772,11 +820,13 @@ def test_batches_are_warmed_up_and_who_begins_changes():
     pair = (scripted("student", log, "schedule=2"), scripted("teacher", log))
     prompts = opened.Prompts([[0], [1]], [[10], [11]])
     found = batches([pair], prompts, (2, 1), repeats=2, length=3, note=lambda text: None)
-    order = ["student", "teacher", "student", "teacher", "teacher", "student"]
-    assert [who for who, *_ in log] == order * 2
+    warm_up, turns = ["student", "teacher"], ["student", "teacher", "teacher", "student"]
+    assert [who for who, *_ in log] == [*warm_up, *turns, *warm_up, *turns[2:], *turns[:2]]
     assert [line["batch"] for line in found["lines"]] == [1, 1, 2, 2]
     assert found["lines"][0]["tokens_per_s"] == 2 * 3 / 2.0
-    assert found["crossovers"] == [{"mode": "eager", "batch": None, "leads": "student"}]
+    assert found["crossovers"] == [
+        {"mode": "eager", "batch": None, "leads": "student", "changes": 0}
+    ]
 
 
 # --- quality --------------------------------------------------------------------------------------
@@ -1089,6 +1139,76 @@ def test_the_page(record):
         assert lines[start - 1].count("|") == lines[start].count("|") == lines[start + 1].count("|")
 
 
+def test_the_page_says_what_the_student_keeps(record):
+    def told(**changes):
+        own = json.loads(to_json(record))
+        own["results"]["models"]["student"]["block_size"] = changes.pop("block_size", None)
+        own["settings"] |= changes
+        return report.title(own)
+
+    assert "decodes 4 tokens together with the exact cache of its blocks." in report.title(record)
+    assert "decodes 32 tokens together with no cache." in told(block_length=32)
+    approximate = told(block_length=16, cache="dual", refresh=8)
+    assert (
+        "16 tokens together with the approximate cache `dual`, made anew every 8 steps"
+        in approximate
+    )
+    assert "approximate cache `prefix`, made anew for each block" in told(
+        block_length=16, cache="prefix"
+    )
+
+
+def test_the_page_says_from_how_many_texts_a_line_is(record):
+    lines = report.page(record).splitlines()
+    (plain,) = [line for line in lines if line.startswith("| plain schedule=1 ")]
+    teacher = next(line for line in lines if line.startswith("| teacher |"))
+    assert [line.split(" | ")[2] for line in (plain, teacher)] == ["1", "2"]
+    assert "| / plain eager (1 of 2 texts) | / teacher eager | / teacher_hf eager |" in "\n".join(
+        lines
+    )
+
+
+def test_nothing_visible_divides_nothing(record):
+    changed = json.loads(to_json(record))
+    for line in [*changed["results"]["batches"]["lines"], *changed["results"]["sides"]]:
+        line["tokens_per_s"] = 0.0
+    assert "| eager | 2 | 0.0 | 0.0 | – |" in report.batches_table(changed)
+    assert report.compared(record, changed).count("| – |") == len(record["results"]["sides"])
+
+
+def test_a_record_of_before_is_shown_all_the_same(record):
+    old = json.loads(to_json(record))
+    for one in old["results"]["batches"]["crossovers"]:
+        del one["changes"]
+        one |= {"batch": 2.0, "leads": "student first"}
+    del old["results"]["quality"]["texts_left_out"]
+    for line in old["results"]["batches"]["lines"]:
+        line["tokens_per_s"] = 9.0
+    page = report.page(old)
+    assert "the student is ahead at every batch" in page  # what the lines say
+
+
+def test_a_random_teacher_judges_no_text(models, record):
+    settings = dataclasses.replace(SETTINGS, random_teacher=True, texts=1)
+    prompts = opened.Prompts([[START, 97]], [[START, 97]])
+    own = of_texts("student", [[97, 98]], "schedule=1")
+    told = []
+    found = quality.quality([own], models, prompts, settings, told.append)
+    assert found["texts"] == []
+    assert told[0].startswith("texts are not judged")
+    assert [line["decoding"] for line in found["infilling"]["lines"]] == [
+        one.name for one in settings.decodings
+    ]
+    changed = json.loads(to_json(record))
+    changed["results"]["quality"] = found
+    page = report.quality_table(changed["results"])
+    assert "Texts were not judged: the teacher has random weights" in page
+    assert "nats a token" not in page
+    assert "| student | holes: right |" in page
+    found = {**found, "infilling": None}
+    assert "|" not in report.quality_table({"quality": found})
+
+
 def test_crossings_in_words():
     told = [
         report.crossover_text({"mode": "eager", "batch": batch, "leads": leads})
@@ -1126,10 +1246,28 @@ def test_a_picture(record, tmp_path):
     assert (tmp_path / "one.png").stat().st_size < (tmp_path / "all.png").stat().st_size
 
 
+def test_the_frontier_has_text_and_speed_of_one_mode(record):
+    figures = pytest.importorskip("matplotlib.figure")
+    results = json.loads(to_json(record))["results"]
+    slow = [{**line, "mode": "compile", "tokens_per_s": 1.0} for line in results["sides"]]
+    fast = [{**line, "mode": "graphs", "tokens_per_s": 1e6} for line in results["sides"]]
+    axes = figures.Figure().subplots()
+    frontier(axes, {**results, "sides": [*slow, *results["sides"], *fast]})
+    found = {one.get_label(): one.lines[0].get_xdata()[0] for one in axes.containers}
+    assert found == {
+        line["decoding"]: line["tokens_per_s"]
+        for line in results["sides"]
+        if line["who"] == "student"
+    }
+    assert axes.get_xlabel().endswith("eager")
+
+
 def test_only_like_is_compared_with_like(record):
     before = json.loads(to_json(record))
     told = report.compared(record, before)
     assert told.count("| 1.00 |") == len(record["results"]["sides"])
+    student = record["results"]["models"]["student"]["source"]
+    assert told.splitlines()[0].count(f"of `{student}` at") == 2
     for path, value in [
         (("results", "metrics"), 2),
         (("device", "cpu"), "another"),
@@ -1137,11 +1275,45 @@ def test_only_like_is_compared_with_like(record):
         (("results", "device"), "cuda"),
         (("settings", "dtype"), "bfloat16"),
         (("settings", "gen_length"), 9),
+        (("settings", "cache"), "dual"),
+        (("settings", "refresh"), 3),
+        (("settings", "block_length"), 16),
+        (("settings", "random_teacher"), True),
+        (("results", "models", "teacher", "weights"), "another"),
     ]:
         other = json.loads(to_json(record))
-        other[path[0]][path[1]] = value
+        place = other
+        for name in path[:-1]:
+            place = place[name]
+        place[path[-1]] = value
         with pytest.raises(ConfigError, match=r"cannot be compared: .*in the other"):
             report.compared(record, other)
+
+
+def test_a_teacher_of_random_weights_is_known_by_its_source(record):
+    one, other = (json.loads(to_json(record)) for _ in range(2))
+    for own, source in ((one, "a"), (other, "b")):
+        own["results"]["models"]["teacher"] |= {"weights": "random", "source": source}
+    report.require_comparable(one, one)
+    with pytest.raises(ConfigError, match="teacher is"):
+        report.require_comparable(one, other)
+
+
+def test_what_a_token_is_matters_where_texts_may_end(record):
+    one, other = (json.loads(to_json(record)) for _ in range(2))
+    other["results"]["definitions"]["tokens"] = "otherwise"
+    report.require_comparable(one, other)
+    for own in (one, other):
+        own["settings"]["ends"] = "natural"
+    with pytest.raises(ConfigError, match="meaning of tokens"):
+        report.require_comparable(one, other)
+
+
+def test_the_table_of_the_docs_is_of_a_plain_run(record):
+    own = CATALOGUE["latency"]
+    assert own.made(json.loads(to_json(record)))
+    for changes in ({"cache": "dual"}, {"random_teacher": True}, {"quality": False}):
+        assert not own.made({**record, "settings": {**record["settings"], **changes}})
 
 
 def test_the_last_record_of_a_file(ran, tmp_path):
@@ -1179,7 +1351,7 @@ def test_the_command(blocks, ar, tmp_path, monkeypatch):
     again = CliRunner().invoke(
         command, [*arguments, "--against", str(kept)], catch_exceptions=False
     )
-    assert "tokens/s at" in again.stdout
+    assert f"tokens/s of `{blocks}` at" in again.stdout
     other = CliRunner().invoke(
         command, [*arguments, "--against", str(kept), "--gen-length", "5"], catch_exceptions=False
     )

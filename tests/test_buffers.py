@@ -118,7 +118,8 @@ def test_a_layer_writes_in_place_and_shows_the_keys(start):
     place_BQ = torch.tensor([[2, 3], [2, 3]] if start else [[2, 3], [9, 63]])
     tokens = Tokens(*(torch.zeros(2, 2, dtype=torch.long) for _ in range(4)))
     batch = Batch(place_BQ, tokens, tokens, None, True, place_BQ, start, 10, buffer)
-    layer = Layer(batch, 1, None if start else place_BQ)
+    where = None if start else (torch.arange(2)[:, None], place_BQ)
+    layer = Layer(batch, 1, where)
     new = torch.randn(2, HEADS, 2, WIDTH)
     keys, values = layer.update(new, 2 * new)
     assert keys.shape == values.shape == (2, HEADS, 10, WIDTH)
@@ -138,7 +139,9 @@ def test_numbers_of_another_type_are_stored_in_that_of_the_buffer():
     place_BQ = torch.tensor([[5, 9]])
     tokens = Tokens(*(torch.zeros(1, 2, dtype=torch.long) for _ in range(4)))
     batch = Batch(place_BQ, tokens, tokens, None, True, place_BQ, None, 10, buffer)
-    keys, _ = Layer(batch, 0, place_BQ).update(*[torch.ones(1, HEADS, 2, WIDTH).bfloat16()] * 2)
+    keys, _ = Layer(batch, 0, (torch.zeros(1, 1, dtype=torch.long), place_BQ)).update(
+        *[torch.ones(1, HEADS, 2, WIDTH).bfloat16()] * 2
+    )
     assert keys.dtype == torch.float32
     assert (keys[0, :, [5, 9]] == 1).all()
 
