@@ -29,6 +29,7 @@ import torch
 from .attention import Tokens
 from .buffers import EAGER, Batch, Buffer, Reader, Runner, eager_body
 from .errors import ConfigError, check_known
+from .int8 import is_quantised
 
 log = logging.getLogger("mdm")
 
@@ -56,6 +57,10 @@ def accelerate(reader: Reader, mode: str) -> None:
         raise ConfigError(
             f"mode={mode} records the body of a model, but the head of {type(reader.model).__name__} is"
             " more than a matrix and runs inside the model; use mode=eager"
+        )
+    if mode == "compile" and is_quantised(reader.model):
+        raise ConfigError(
+            "mode=compile finds nothing to compile in layers of 8 bits; use mode=eager, or no quantization"
         )
     reader.runner = MODES[mode]()
 

@@ -78,8 +78,8 @@ def windows_of(config: Any) -> dict[str, int | None]:
     others = sorted(set(kinds or ()) - {"full_attention", "sliding_attention"})
     if others:
         raise CheckpointError(
-            f"{config.model_type} has layers of another kind ({', '.join(others)}); mdm can write with models"
-            " whose layers all attend to everything before, or to a sliding window of it"
+            f"{config.model_type} has layers of another kind ({', '.join(others)}); mdm can write with"
+            " models whose layers all attend to everything before, or to a sliding window of it"
         )
     if not has_sliding_window(config):
         return {"": None}

@@ -16,6 +16,8 @@ from mdm.commands import MODEL_HELP
 @click.option("--port", default=8000, show_default=True, help="Port to listen on; 0 = a free one.")
 @click.option("--name", help="What requests call the student.  [default: the run's name]")
 @click.option("--dtype", default="float32", show_default=True, help="float32, bfloat16 or float16.")
+@click.option("--quantization", default="",
+              help="int8_dynamic: linear layers in 8 bits, on a CPU.  [default: none]")  # fmt: skip
 @click.option("--device", help="cpu, cuda, cuda:1 …  [default: the GPU if there is one]")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of a forward.")
 @click.option("--max-rows", default=16, show_default=True, help="Texts in work at the same time.")
@@ -43,6 +45,7 @@ def serve(
     port: int,
     name: str | None,
     dtype: str,
+    quantization: str,
     device: str | None,
     threads: int | None,
     max_rows: int,
@@ -106,6 +109,7 @@ def serve(
             limits,
             name=name,
             dtype=dtype,
+            quantization=quantization,
             device=device,
             threads=threads,
             log_requests=log_requests,

@@ -47,6 +47,7 @@ def open_service(
     *,
     name: str | None = None,
     dtype: str = "float32",
+    quantization: str = "",
     device: str | None = None,
     threads: int | None = None,
     log_requests: bool = False,
@@ -59,10 +60,12 @@ def open_service(
     # would be more than cores, and OpenMP would put helpers to sleep at the end of every operation
     # instead of letting them wait: 20 % slower forwards on two cores.
     torch.set_num_threads(1)
-    student = open_student(model, name=name, dtype=dtype, device=device)
+    student = open_student(model, name=name, dtype=dtype, quantization=quantization, device=device)
     beside = None
     if teacher is not None:
-        beside = open_teacher(teacher, name=None, dtype=dtype, device=device)
+        beside = open_teacher(
+            teacher, name=None, dtype=dtype, quantization=quantization, device=device
+        )
         if beside.name == student.name:
             raise ConfigError(
                 f"student and teacher are both called {student.name!r}; name the student with --name"

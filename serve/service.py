@@ -358,6 +358,7 @@ class Service:
                     "source": served.source,
                     "parameters": served.parameters,
                     "dtype": served.dtype,
+                    "quantization": served.quantization or None,
                     "device": str(served.model.device),
                     "max_length": served.max_length,
                     "block_size": served.block_size,

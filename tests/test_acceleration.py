@@ -273,3 +273,10 @@ def test_modes_that_are_not_there():
         accelerate(denoiser, "graph")
     with pytest.raises(ConfigError, match="records what a GPU is told, but this model is on cpu"):
         accelerate(denoiser, "graphs")
+
+
+def test_layers_of_8_bits_are_not_compiled(monkeypatch):
+    denoiser = random_student(block_size=3)
+    monkeypatch.setattr("mdm.acceleration.is_quantised", lambda model: model is denoiser.model)
+    with pytest.raises(ConfigError, match="finds nothing to compile in layers of 8 bits"):
+        accelerate(denoiser, "compile")

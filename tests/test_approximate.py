@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import oracles
 import pytest
+import torch
 from students import random_student
 
 from mdm.canvas import NOTHING_READ, SamplerSettings
@@ -98,6 +99,16 @@ def test_a_cache_that_is_always_made_anew_is_exact(cache, shift):
         )
         assert found == exact
         assert {step.commits[0].kind for step in steps} == {"refresh"}
+
+
+def test_a_window_is_lifted_as_without_a_cache():
+    denoiser = random_student("mistral", sliding_window=3, layers=2)
+    ids = HOLES["continue"]
+    exact, cached = (
+        make_canvas(denoiser, ids, settings) for settings in (FULL, replace(FULL, cache="dual"))
+    )
+    (expected,), (found,) = open_logits(denoiser, [exact]), open_logits(denoiser, [cached])
+    assert torch.allclose(found[:, :MASK], expected[:, :MASK], atol=1e-4, rtol=1e-4)
 
 
 def test_it_is_an_approximation_and_an_old_one_a_worse_one():

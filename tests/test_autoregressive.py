@@ -355,3 +355,33 @@ def test_a_teacher_stops_where_its_family_closes_the_middle():
     size = whole.token_ids.index(end)
     assert found.token_ids == whole.token_ids[: size + 1]
     assert (found.finish_reason, found.num_tokens) == ("stop", size)
+
+
+def test_suppressed_ends_are_all_of_them():
+    ar = random_ar()
+    ar.more_ends = (3, 5)
+    assert {3, 5} < ar.end_ids
+    for settings in (GREEDY, DecodingSettings(temperature=1.5)):
+        holes = [Hole((START, n), 12, key=("ends", n)) for n in range(6)]
+        found = write(ar, holes, replace(settings, suppress_eos=True))
+        assert all(len(one.token_ids) == 12 for one in found)
+        assert not any(ar.end_ids & set(one.token_ids) for one in found)
+        ended = write(ar, holes, settings)
+        assert any(len(one.token_ids) < 12 for one in ended)
+
+
+def test_layers_of_other_kinds_are_refused():
+    from types import SimpleNamespace
+
+    from mdm.causal import windows_of
+    from mdm.errors import CheckpointError
+
+    kinds = ["full_attention", "linear_attention", "chunked_attention"]
+    config = SimpleNamespace(model_type="mixed", layer_types=kinds, sliding_window=4)
+    config.get_text_config = lambda: config
+    with pytest.raises(CheckpointError, match=r"another kind \(chunked_attention, linear_att"):
+        windows_of(config)
+    config.layer_types = ["full_attention", "sliding_attention"]
+    assert windows_of(config) == {"full_attention": None, "sliding_attention": 4}
+    config.layer_types = ["full_attention"]
+    assert windows_of(config) == {"": None}

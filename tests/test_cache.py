@@ -245,3 +245,22 @@ def test_position_0_of_a_shifted_model_cannot_be_asked_for():
 def test_a_full_canvas_has_no_blocks():
     with pytest.raises(AssertionError, match="not a block diffusion model"):
         read_blocks(random_student(), [row_of(text(5), 1, 3)])
+
+
+def test_padding_does_not_fall_on_the_last_token_of_a_buffer():
+    """A text of exactly as many tokens as buffers are made in, beside one that reads more."""
+    denoiser = block_student(block_size=4)
+    long_L, other_L = text(64, 1), text(40, 2)
+    _, (prefix,) = read_blocks(denoiser, [row_of(long_L, 15, 4)])
+    rows = [row_of(long_L, 15, 4, prefix), row_of(other_L, 9, 4)]
+    found, _ = logits(denoiser, rows)
+    compared(found, torch.cat([two_streams(denoiser, row) for row in rows]))
+
+
+def test_an_explicit_mask_lifts_a_window_at_every_step():
+    denoiser = block_student("mistral", sliding_window=3)
+    ids_L = text(11)
+    _, (prefix,) = read_blocks(denoiser, [row_of(ids_L, 3, 3)])
+    row = row_of(ids_L, 3, 3, prefix)  # nothing but the block is read
+    found, _ = logits(denoiser, [row])
+    compared(found, two_streams(denoiser, row))

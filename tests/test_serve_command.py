@@ -94,6 +94,7 @@ def test_bad_settings(folder, monkeypatch, tmp_path):
         assert isinstance(error, ConfigError)
         assert "choose another --port" in str(error)
     assert "did you mean 'float32'" in str(run("--port", 0, "--dtype", "float23"))
+    assert "did you mean 'int8_dynamic'" in str(run("--port", 0, "--quantization", "int8"))
     assert isinstance(run("--port", 0, "--model", tmp_path), CheckpointError)
     assert "is a student" in str(run("--port", 0, "--teacher", "runs/small/final"))
     assert "cannot use --device 'gpu'" in str(run("--port", 0, "--device", "gpu"))
