@@ -33,9 +33,7 @@ def page(record: dict[str, Any]) -> str:
     if results["contexts"]:
         parts.append(contexts_table(results["contexts"]))
     if results["overhead"]:
-        parts.append(
-            f"Overhead of the loop over the calls of the model: `{to_json(results['overhead'])}`"
-        )
+        parts.append(overhead_line(results["overhead"]))
     parts += [
         f"Left out: {one['who']} {one['mode']}: {one['reason']}" for one in results["left_out"]
     ]
@@ -388,3 +386,13 @@ def with_error(value: float | None, error: float | None, form: str) -> str:
     if error is None or math.isnan(error):
         return f"{value:{form}}"
     return f"{value:{form}} ± {error:{form.removeprefix('+')}}"
+
+
+def overhead_line(found: dict[str, Any]) -> str:
+    """What the loop takes beside the model."""
+    return (
+        f"The loop beside the bare calls of the model, in turn, {found['decoding']}: a step takes"
+        f" {found['step_s_median'] * 1e3:.1f} ms, the call {found['bare_s_median'] * 1e3:.1f} (medians);"
+        f" {found['median_share']:+.1%} in the middle of {found['steps']} steps, {found['share']:+.1%} ±"
+        f" {found['share_std_err']:.1%} of the time of {found['texts']} texts."
+    )

@@ -159,9 +159,10 @@ class Static:
 
     def _recorded(self, reader: Reader, batch: Batch) -> _Recorded:
         rows, capacity = batch.buffer.room, batch.buffer.capacity
-        shape = {"dtype": torch.long, "device": reader.device}
-        queries = torch.zeros(6, rows, _power(batch.x_BQ.shape[1]), **shape)
-        recorded = _Recorded(queries, torch.zeros(4, rows, capacity, **shape), None)
+        device = reader.device
+        queries = torch.zeros(6, rows, _power(batch.x_BQ.shape[1]), dtype=torch.long, device=device)
+        keys = torch.zeros(4, rows, capacity, dtype=torch.long, device=device)
+        recorded = _Recorded(queries, keys, None)
         _fill(recorded, batch)
         # Never the buffer itself: its owner is to die when its rows are finished.
         home = Buffer(rows, capacity)
@@ -169,7 +170,7 @@ class Static:
         fixed = Batch(
             queries[0],
             Tokens(*queries[2:]),
-            Tokens(*recorded.keys),
+            Tokens(*keys),
             batch.visible,
             False,
             queries[1],
@@ -179,7 +180,7 @@ class Static:
         )
         try:
             run = functools.partial(eager_body, reader, fixed)
-            recorded.play = self.record(run, reader.device)
+            recorded.play = self.record(run, device)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:

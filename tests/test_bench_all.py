@@ -31,6 +31,11 @@ RESULTS = ROOT / "benchmarks/results"
 NOT_COMPARED = {
     "serve": {"soak"},  # ten minutes, in a record of its own
     "cpu": {"numbers"},  # all of them, by name
+    # Short, and in 8 bits: a CPU's record, where another would take an hour.
+    "latency": {
+        *("mode", "modes", "texts", "thresholds", "factors", "quantization", "holes"),
+        *("batch_length", "plain_texts"),
+    },
     "study-synthetic": {"length"},  # of the study on real code; 0 and so on stand for its own
 }
 

@@ -1357,3 +1357,13 @@ def test_the_command(blocks, ar, tmp_path, monkeypatch):
     )
     assert "not compared: these records cannot be compared: gen_length" in other.stderr
     assert json.loads(other.stdout.splitlines()[-1])["settings"]["gen_length"] == 5
+
+
+def test_the_overhead_in_words():
+    from mdm.benchmarks.latency_report import overhead_line
+
+    found = {"decoding": "schedule=2", "step_s_median": 0.044, "bare_s_median": 0.042}
+    found |= {"median_share": 0.036, "steps": 90, "share": 0.08, "share_std_err": 0.06, "texts": 3}
+    line = overhead_line(found)
+    assert "a step takes 44.0 ms, the call 42.0 (medians)" in line
+    assert "+3.6% in the middle of 90 steps, +8.0% ± 6.0% of the time of 3 texts" in line
