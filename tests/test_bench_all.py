@@ -36,6 +36,7 @@ NOT_COMPARED = {
         *("mode", "modes", "texts", "thresholds", "factors", "quantization", "holes"),
         *("batch_length", "plain_texts"),
     },
+    "drift": {"texts", "gen_length"},
     "study-synthetic": {"length"},  # of the study on real code; 0 and so on stand for its own
 }
 
