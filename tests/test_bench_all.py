@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
 NOT_COMPARED = {
     "serve": {"soak"},  # ten minutes, in a record of its own
-    "cpu": {"numbers"},  # all of them, by name
+    "cpu": {"numbers", "compile", "repeats", "texts", "tokens"},  # short; nothing compiled
     # Short, and in 8 bits: a CPU's record, where another would take an hour.
     "latency": {
         *("mode", "modes", "texts", "thresholds", "factors", "quantization", "holes"),
