@@ -73,7 +73,8 @@ def draw(
     mass_nC = probs_nCW.sum(-1).double()
     chunk_n, rest_n = _reached(mass_nC, uniform_n * mass_nC.sum(-1))
     inside_nW = probs_nCW[torch.arange(len(chunk_n), device=chunk_n.device), chunk_n].double()
-    return chunk_n * CHUNK_TOKENS + _reached(inside_nW, rest_n)[0]
+    token_n = chunk_n * CHUNK_TOKENS + _reached(inside_nW, rest_n)[0]
+    return token_n.clamp(max=probs_nV.shape[1] - 1)  # of NaN, too
 
 
 def _reached(mass_nC: torch.Tensor, at_n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,6 +83,7 @@ def _reached(mass_nC: torch.Tensor, at_n: torch.Tensor) -> tuple[torch.Tensor, t
     # Rounding may lead to the very end, behind which nothing has any mass.
     at_n1 = torch.minimum(at_n, sum_nC[:, -1] * (1 - 2**-52))[:, None]
     index_n1 = torch.searchsorted(sum_nC, at_n1, right=True)
+    index_n1 = index_n1.clamp(max=mass_nC.shape[1] - 1)  # of NaN; whoever rates the token sees it
     before_n1 = sum_nC.gather(1, index_n1) - mass_nC.gather(1, index_n1)
     return index_n1[:, 0], (at_n1 - before_n1)[:, 0].clamp(min=0)
 

@@ -10,7 +10,9 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import contextlib
 import random
+import signal
 
 import pytest
 import torch
@@ -23,3 +25,11 @@ def fixed_seed():
     """Every test starts from the same random state, whichever tests ran before it."""
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interruptible():
+    """Programs that tests start can be interrupted, though a shell's background ignores SIGINT."""
+    with contextlib.suppress(ValueError):  # not in the main thread
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)

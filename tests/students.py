@@ -68,6 +68,9 @@ class ScriptedStudent:
         logits_BLV[..., self.mask_id] = float("-inf")
         return logits_BLV[wanted_BL]
 
+    def __call__(self, xt_BL: Tensor, wanted_BL: Tensor, *, document_ids_BL: Tensor) -> Tensor:
+        return self.rows(xt_BL, wanted_BL, document_ids_BL=document_ids_BL)
+
     def head(self, logits_NV: Tensor) -> Tensor:
         return logits_NV
 

@@ -664,19 +664,20 @@ def test_memory_of_rollouts_follows_the_settings(ar, tmp_path):
     # Prompt and block, and who sees the whole row and what is read beside it.
     read = parts_of(ar, tmp_path, on_policy={"prompt_tokens": 29})["rollouts' forward"]
     layer = 16 * 38 * 4 * (8 * student.width + 4 * student.inner)
-    assert read == layer + 16 * 38 * (48 + 38) * 7
-    # After a short one what is drawn is more: logits of all rows, twice, and float64 of one.
-    assert found["rollouts' forward"] == 8 * student.rows * (2 * 4 * 16 + 5 * 8)
+    # Or what is drawn, for all rows together: eight numbers for every word, in chunks of 512.
+    drawn = 16 * 8 * 512 * 8 * 4
+    assert read == max(drawn, layer + 16 * 38 * (48 + 38) * 7)
+    assert found["rollouts' forward"] == drawn
     few = parts_of(ar, tmp_path, on_policy={"steps_per_batch": 1})
     assert few == half  # there are no more than 8
     long = parts_of(ar, tmp_path, on_policy={"prompts": ["a.jsonl"], "max_prompt_tokens": 84})
     assert long["rollouts' cache"] == 4 * found["rollouts' cache"]
-    assert long["rollouts' forward"] > 5 * found["rollouts' forward"]
+    assert long["rollouts' forward"] > 2 * found["rollouts' forward"]
     mixed = parts_of(
         ar, tmp_path, train={"precision": "bf16"}, on_policy={"prompt_tokens": 29, "length": 10}
     )
     assert mixed["rollouts' cache"] == 3 * 16 * 40 * 2 * 4 * student.keys * 4
-    assert mixed["rollouts' forward"] == 0.75 * layer + 16 * 38 * (40 + 38) * 7
+    assert mixed["rollouts' forward"] == max(drawn, 0.75 * layer + 16 * 38 * (40 + 38) * 7)
     canvas = {"prompt_tokens": 29, "length": 10, "block_length": 2}
     full = parts_of(ar, tmp_path, student={}, on_policy=canvas)
     layer = 16 * 40 * 4 * (8 * student.width + 4 * student.inner)

@@ -91,7 +91,13 @@ class Oracle(Denoiser):
             (item.prefix.encode(), item.suffix.encode()): item.target.encode() for item in items
         }
 
-    def forward(self, xt_BL, wanted_BL, *, document_ids_BL):
+    def head(self, logits_NV):
+        return logits_NV
+
+    def chunks(self, rows):
+        return [slice(0, rows)]
+
+    def rows(self, xt_BL, wanted_BL, *, document_ids_BL):
         rows = []
         for ids_L, wanted_L, valid_L in zip(xt_BL, wanted_BL, document_ids_BL >= 0, strict=True):
             open_n = (ids_L == self.mask_id).nonzero()[:, 0].tolist()

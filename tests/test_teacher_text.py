@@ -61,14 +61,8 @@ def prefer_ascii_and_ends(ar):
     bias_V = torch.full((259,), -4.0)
     bias_V[32:127] = 0.0
     bias_V[257] = 2.0
-    forward = ar.model.forward
-
-    def biased(*inputs, **options):
-        output = forward(*inputs, **options)
-        output.logits = 0.3 * output.logits + bias_V
-        return output
-
-    ar.model.forward = biased
+    head = ar.head
+    ar.head = lambda rows_ND: 0.3 * head(rows_ND) + bias_V
     return ar
 
 

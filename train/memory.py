@@ -8,6 +8,7 @@ gradients and no activations, so of those and what rollouts take the larger one 
 from __future__ import annotations
 
 from mdm.denoiser import CHUNK_BYTES
+from mdm.proposals import CHUNK_TOKENS
 
 from .on_policy import batch_size
 from .outlines import (
@@ -162,9 +163,9 @@ def branch_bytes(recipe: Recipe, teacher: Outline) -> int:
 def rollout_bytes(recipe: Recipe, student: Outline, processes: int) -> dict[str, int]:
     """Estimated bytes of the longest rollouts while they are written, by purpose.
 
-    Keys and values are there three times: as kept, side by side for a forward, and as they are kept
-    after it; in float32, also under autocast. Most is read at once when a row begins that others have
-    left room for: they are padded to its prompt. Numbers of a draw are float64, for one row at a time.
+    Keys and values are there three times at most: in the buffer, in the one before it while rows are moved,
+    and those of a forward; in float32, also under autocast. Most is read at once when a row begins that
+    others have left room for: they are padded to its prompt. Tokens are drawn for a chunk of positions.
     """
     settings, block = recipe.on_policy, student.block_size
     count = batch_size(settings, settings.rows(recipe.train.batch_rows), 0)
@@ -181,6 +182,8 @@ def rollout_bytes(recipe: Recipe, student: Outline, processes: int) -> dict[str,
         memory["rollouts' cache"] = 3 * rows * longest * 2 * student.layers * student.keys * 4
     value = 3 if recipe.train.precision == "bf16" else 4
     layer = rows * read * value * (8 * student.width + 4 * student.inner)
-    logits = group * student.rows * (2 * 4 * rows + 5 * 8)
+    words = -(-student.rows // CHUNK_TOKENS) * CHUNK_TOKENS  # as a draw pads them
+    chunk = min(rows * group, max(1, CHUNK_BYTES // (4 * student.rows)))
+    logits = chunk * words * 8 * 4
     memory["rollouts' forward"] = max(layer + mask, logits)
     return memory
