@@ -672,7 +672,7 @@ def test_memory_of_rollouts_follows_the_settings(ar, tmp_path):
     assert few == half  # there are no more than 8
     long = parts_of(ar, tmp_path, on_policy={"prompts": ["a.jsonl"], "max_prompt_tokens": 84})
     assert long["rollouts' cache"] == 4 * found["rollouts' cache"]
-    assert long["rollouts' forward"] > 2 * found["rollouts' forward"]
+    assert long["rollouts' forward"] > 1.5 * found["rollouts' forward"]
     mixed = parts_of(
         ar, tmp_path, train={"precision": "bf16"}, on_policy={"prompt_tokens": 29, "length": 10}
     )
